@@ -1,0 +1,99 @@
+"""From Python: `gearshift.load(run).sample(n, policy=...)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from gearshift.assembly import build_denoiser, build_policy, build_solver, device_of, dtype_of
+from gearshift.data.pixels import to_u8
+from gearshift.diffusion.denoiser import Denoiser
+from gearshift.diffusion.solvers.base import Solver
+from gearshift.execution.cost import CostTable
+from gearshift.policies.base import Policy
+from gearshift.runtime.run import RunFolder
+from gearshift.sampling.ledger import LedgerData
+from gearshift.sampling.loop import Sampler, sample
+
+PolicyLike = Policy | DictConfig | Mapping[str, Any] | str
+SolverLike = Solver | DictConfig | Mapping[str, Any] | str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images uint8 [n, C, H, W], labels int64 [n] or None, and the ledger of what they took."""
+
+    images: Tensor
+    labels: Tensor | None
+    ledger: LedgerData
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run with its weights in memory."""
+
+    folder: RunFolder
+    config: DictConfig
+    denoiser: Denoiser
+
+    def sampler(
+        self, policy: PolicyLike = "full", solver: SolverLike = "ddim", precision: str = "fp32", **settings: Any
+    ) -> Sampler:
+        """A `Sampler` of this run, checked. `settings` are the fields of `Sampler` (seed, guidance, labels, chunk)."""
+        made = Sampler(
+            self.denoiser, build_solver(solver), build_policy(policy), dtype=dtype_of(precision), **settings
+        )
+        made.check()
+        return made
+
+    def sample(
+        self,
+        num_images: int,
+        *,
+        policy: PolicyLike = "full",
+        solver: SolverLike = "ddim",
+        start: int = 0,
+        **settings: Any,
+    ) -> Samples:
+        """Images start..start+num_images-1.
+
+        Args:
+            policy, solver: an object, a configuration node, or the name of a file under conf/policy or conf/solver.
+            settings: seed, guidance (w, 1 = off), labels ("uniform", "balanced" or a class), chunk, precision.
+
+        Raises:
+            UsageError: policy, solver, guidance or labels do not fit the network.
+        """
+        chunks = list(sample(self.sampler(policy, solver, **settings), num_images, start=start))
+        labels = None if chunks[0].cond is None else torch.cat([c.cond for c in chunks if c.cond is not None])
+        return Samples(
+            images=torch.cat([to_u8(chunk.images) for chunk in chunks]),
+            labels=labels,
+            ledger=LedgerData.merge([chunk.ledger for chunk in chunks]),
+        )
+
+    def cost_table(self) -> CostTable:
+        """Costs of the network."""
+        return CostTable.measure(self.denoiser.network)
+
+
+def load(run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto") -> LoadedRun:
+    """The run in the folder `run`, with its averaged weights (`ema`) or the trained ones.
+
+    Raises:
+        UsageError, RunError: no run there, no checkpoint yet, or one that does not fit.
+    """
+    from gearshift.training.checkpoint import load_weights
+
+    folder = RunFolder.open(run)
+    cfg = folder.config
+    denoiser = build_denoiser(cfg)
+    load_weights(folder, denoiser, ema=ema)
+    denoiser.eval().requires_grad_(False)
+    return LoadedRun(folder, cfg, denoiser.to(device_of(device)))

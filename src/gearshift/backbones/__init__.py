@@ -1,0 +1,1 @@
+"""Networks as embed, blocks and readout, with exits and uncertainty heads."""

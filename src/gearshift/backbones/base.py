@@ -1,0 +1,158 @@
+"""The contract of a backbone: a passive list of blocks between an embedding and a readout.
+
+A backbone never runs its blocks itself; `gearshift.execution.executor.execute` does. It knows nothing of noise levels
+beyond the time value it is fed, and nothing of policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gearshift.execution.stream import Stream
+from gearshift.runtime.errors import UsageError
+
+
+class Backbone(nn.Module):
+    """Base class. A subclass sets the attributes below and implements `embed`, `readout` and, for heads, `tokens`.
+
+    Attributes:
+        blocks: block i is called `blocks[i](hidden, cond, skip, slot) -> hidden`; `skip` is None unless i is in `pops`.
+        paths: block indices of each path (expert), in order; one path for most networks.
+        pops: blocks before which the latest long skip is popped and handed in.
+        pushes: blocks after which the hidden state is pushed as a long skip.
+        in_channels, out_channels, image_size: images are [n, in_channels, image_size, image_size].
+        cond_kind: "none", "class" (int64 labels [n]) or "text" (float [n, L, D]).
+        num_classes: labels are 0..num_classes-1; None unless `cond_kind` is "class".
+        has_uncertainty: whether `uncertainty` is defined.
+    """
+
+    blocks: Any  # nn.ModuleList, or a property giving modules that are registered under other names
+    paths: tuple[tuple[int, ...], ...]
+    pops: frozenset[int] = frozenset()
+    pushes: frozenset[int] = frozenset()
+    in_channels: int
+    out_channels: int
+    image_size: int
+    cond_kind: str = "none"
+    num_classes: int | None = None
+    has_uncertainty: bool = False
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def num_blocks(self, path: int = 0) -> int:
+        """Length of a path: the greatest depth."""
+        return len(self.paths[path])
+
+    def exits(self, path: int = 0) -> tuple[int, ...]:
+        """Depths (blocks run along the path) at which `readout` is defined, ascending; the last is the full depth."""
+        return (self.num_blocks(path),)
+
+    def check_depth(self, depth: int, path: int = 0) -> None:
+        """Raises UsageError where `depth` is no exit of the path."""
+        if depth not in self.exits(path):
+            raise UsageError(f"depth {depth} is not an exit of {self.name}; its exits are {list(self.exits(path))}")
+
+    def embed(self, x: Tensor, time: Tensor, cond: Tensor | None) -> Stream:
+        """Images [n, C, H, W], network-fed time [n] and conditioning, to the stream before the first block."""
+        raise NotImplementedError
+
+    def bypass(self, block: int, hidden: Tensor, cond: dict[str, Tensor], skip: Tensor | None) -> Tensor:
+        """What remains of a block that is dropped; the identity unless the block merges a skip."""
+        if skip is not None:
+            raise NotImplementedError(f"{self.name} must say what remains of block {block}, which merges a long skip")
+        return hidden
+
+    def readout(self, hidden: Tensor, cond: dict[str, Tensor], depth: int, path: int = 0) -> Tensor:
+        """Prediction [n, out_channels, H, W] from the hidden state after `depth` blocks."""
+        raise NotImplementedError
+
+    def readouts(
+        self, hiddens: Sequence[Tensor], cond: dict[str, Tensor], depths: Sequence[int], path: int = 0
+    ) -> list[Tensor]:
+        """Predictions at several depths of the same rows; backbones with one shared head may batch them."""
+        return [self.readout(h, cond, d, path) for h, d in zip(hiddens, depths, strict=True)]
+
+    def readout_modules(self, depth: int, path: int = 0) -> nn.Module:
+        """The modules of `readout` at this depth, to be copied as a head of their own."""
+        raise UsageError(f"{self.name} has no readout that could be copied for an exit at depth {depth}")
+
+    def readout_with(
+        self, head: nn.Module, hidden: Tensor, cond: dict[str, Tensor], depth: int, path: int = 0
+    ) -> Tensor:
+        """`readout`, with a copy of `readout_modules` in place of the backbone's own."""
+        raise NotImplementedError
+
+    # What heads need to know of the hidden state; the defaults raise, a backbone with exits defines them.
+
+    def tokens(self, hidden: Tensor, depth: int, path: int = 0) -> Tensor:
+        """Image tokens [n, N, D] of the hidden state after `depth` blocks, row-major over the square grid."""
+        raise NotImplementedError
+
+    def width(self, depth: int, path: int = 0) -> int:
+        """D of `tokens` at this depth."""
+        raise NotImplementedError
+
+    def patch(self, depth: int, path: int = 0) -> int:
+        """Pixels per token side at this depth."""
+        raise NotImplementedError
+
+    def assemble(self, tokens: Tensor, channels: int, depth: int, path: int = 0) -> Tensor:
+        """Tokens [n, N, p*p*channels] to an image [n, channels, H, W]; inside a token the order is (p1, p2, C)."""
+        p = self.patch(depth, path)
+        side = self.image_size // p
+        grid = tokens.reshape(tokens.shape[0], side, side, p, p, channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], channels, side * p, side * p)
+
+    @property
+    def time_width(self) -> int:
+        """D of `time_features`."""
+        raise NotImplementedError
+
+    def time_features(self, time: Tensor) -> Tensor:
+        """Embedding [n, time_width] of the network-fed time, for heads that concatenate it."""
+        raise NotImplementedError
+
+    def uncertainty(self, hidden: Tensor, time: Tensor, depth: int, path: int = 0) -> Tensor:
+        """Predicted error in [0, 1] after `depth` blocks: a map [n, C, H, W], or one number per row [n]."""
+        raise NotImplementedError
+
+    def uncertainties(
+        self, hiddens: Sequence[Tensor], time: Tensor, depths: Sequence[int], path: int = 0
+    ) -> list[Tensor]:
+        """`uncertainty` at several depths of the same rows."""
+        return [self.uncertainty(h, time, d, path) for h, d in zip(hiddens, depths, strict=True)]
+
+    def null_cond(self, num_rows: int, device: torch.device) -> Tensor | None:
+        """Conditioning of the unconditional branch for `num_rows` rows.
+
+        Raises:
+            UsageError: the backbone has no null condition, so it cannot be guided.
+        """
+        raise UsageError(f"guidance needs a null condition, and {self.name} (cond_kind={self.cond_kind}) has none")
+
+    def example_cond(self, num_rows: int, device: torch.device | str = "meta") -> Tensor | None:
+        """Conditioning of the right kind and shape, for counting and warm-up."""
+        if self.cond_kind == "none":
+            return None
+        if self.cond_kind == "class":
+            return torch.zeros(num_rows, dtype=torch.int64, device=device)
+        raise NotImplementedError(f"{self.name} must give an example of its {self.cond_kind} conditioning")
+
+    def route(self, log_snr: Tensor) -> Tensor:
+        """Path of each row by its noise level: host float64 [n] to host int64 [n]."""
+        return torch.zeros(log_snr.shape, dtype=torch.int64)
+
+    def build_info(self) -> dict[str, Any]:
+        """Numbers worth printing: blocks, exits, parameters."""
+        return {
+            "backbone": self.name,
+            "blocks": len(self.blocks),
+            "exits": [list(self.exits(p)) for p in range(len(self.paths))],
+            "params": sum(p.numel() for p in self.parameters()),
+        }

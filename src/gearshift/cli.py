@@ -1,0 +1,180 @@
+"""The command line: `gearshift VERB [overrides]`. The verb is taken off; the rest is a real Hydra task."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig
+
+from gearshift import verbs
+from gearshift.runtime.errors import RunError, UsageError, UserError
+from gearshift.runtime.output import emit_json
+from gearshift.runtime.paths import conf_dir
+
+DRY_RUN = "--dry-run"
+
+
+@dataclass
+class _Outcome:
+    """What the jobs of this command line came to; Hydra hands nothing back."""
+
+    failures: list[BaseException] = field(default_factory=list)
+
+
+_outcome = _Outcome()
+
+
+def _task(verb: str) -> Callable[[DictConfig], None]:
+    def run(cfg: DictConfig) -> None:
+        try:
+            answer = verbs.load(verb)(cfg)
+        except Exception as error:
+            if _job_runs_elsewhere():
+                raise  # the launcher reports it as this job's failure
+            _outcome.failures.append(error)
+            if _is_multirun():
+                _report(error)
+            return
+        if answer is not None:
+            emit_json(answer)
+
+    return run
+
+
+# One module-level function per verb: launchers that start jobs elsewhere find the task by its name.
+train = _task("train")
+sample = _task("sample")
+evaluate = _task("evaluate")
+profile = _task("profile")
+bench = _task("bench")
+import_ = _task("import")
+export = _task("export")
+list_ = _task("list")
+
+
+def main() -> None:
+    """Entry point. Exit code 0, 2 for a usage error, 1 for a failure; GEARSHIFT_DEBUG=1 shows tracebacks."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line (without the program's name); returns the exit code."""
+    _outcome.failures.clear()
+    try:
+        verb, rest = _verb(arguments)
+        if verb is None:
+            return 0
+        _hydra(verb, rest)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except KeyboardInterrupt:
+        print("gearshift: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BaseException as error:
+        return _report(_in_user_words(error))
+    if not _outcome.failures:
+        return 0
+    if _was_multirun(rest):
+        return max(_code(error) for error in _outcome.failures)
+    return _report(_outcome.failures[0])
+
+
+def _verb(arguments: list[str]) -> tuple[str | None, list[str]]:
+    known = verbs.VERBS
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(verbs.overview())
+        return None, []
+    if arguments[0] == "--version":
+        from gearshift import __version__
+
+        print(__version__)
+        return None, []
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in known:
+        import difflib
+
+        near = difflib.get_close_matches(verb, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"there is no verb {verb!r}{hint} (the verbs are {', '.join(known)})")
+    if any(flag in rest for flag in ("-h", "--help")):
+        print(verbs.help_text(verb))
+        return None, []
+    if DRY_RUN in rest:
+        if verb != "train":
+            raise UsageError(f"{DRY_RUN} belongs to train; for {verb}, --cfg job prints the composed configuration")
+        rest = [*(a for a in rest if a != DRY_RUN), "dry_run=true"]
+    return verb, rest
+
+
+def _hydra(verb: str, rest: list[str]) -> None:
+    import hydra
+
+    # Hydra then raises instead of printing, so that every error is told in one place and one way.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [f"gearshift {verb}", *rest]
+    task = globals()[f"{verb}_" if verb in ("import", "list") else verb]
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task)()
+
+
+def _in_user_words(error: BaseException) -> BaseException:
+    """Hydra's and OmegaConf's complaints about overrides and files are usage errors."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = "; ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
+    usage = UsageError(text or type(error).__name__)
+    usage.__cause__ = error
+    return usage
+
+
+def _report(error: BaseException) -> int:
+    if os.environ.get("GEARSHIFT_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, UserError):
+        print(f"gearshift: {error}", file=sys.stderr)
+    elif isinstance(error, OSError):
+        print(f"gearshift: {RunError(error)}", file=sys.stderr)
+    else:
+        print(
+            f"gearshift: unexpected {type(error).__name__}: {str(error).strip() or '(no message)'}; "
+            "GEARSHIFT_DEBUG=1 shows where",
+            file=sys.stderr,
+        )
+    return _code(error)
+
+
+def _code(error: BaseException) -> int:
+    return error.exit_code if isinstance(error, UserError) else 1
+
+
+def _was_multirun(rest: list[str]) -> bool:
+    return any(flag in rest for flag in ("-m", "--multirun"))
+
+
+def _hydra_settings() -> Mapping[str, Any] | None:
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.get() if HydraConfig.initialized() else None
+
+
+def _is_multirun() -> bool:
+    settings = _hydra_settings()
+    return settings is not None and "MULTIRUN" in str(settings["mode"])
+
+
+def _job_runs_elsewhere() -> bool:
+    """Whether a launcher other than Hydra's own runs this job in a process of its own."""
+    settings = _hydra_settings()
+    return settings is not None and _is_multirun() and "BasicLauncher" not in str(settings["launcher"]["_target_"])
+
+
+if __name__ == "__main__":
+    main()

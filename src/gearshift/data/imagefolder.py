@@ -1,0 +1,167 @@
+"""Any tree of image files: class folders or a flat folder, cropped and resized to squares of one size.
+
+Preprocessing (stated because it moves every metric): the shorter side is halved with a box filter while it is at least
+twice `size`, brought to `size` by bicubic interpolation, and the centre is cropped, as in the preprocessing that the
+published ImageNet statistics of Dhariwal and Nichol (2105.05233) use. An image that has the size is left as it is.
+
+Splits: folders `train` and `test` (or `val`, `valid`, `validation`) where present; otherwise an image is a test image
+when the hash of its path falls below `test_fraction`, so that adding images never moves one from one split to the
+other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from gearshift.data.cache import Encoded, decode_once, fingerprint
+from gearshift.data.dataset import ImageDataset, check_split
+from gearshift.runtime.errors import RunError, UsageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+_TEST_NAMES = ("test", "val", "valid", "validation")
+_EXPECTED = "expected a folder of images, of class folders with images, or of train/ and test/ with either"
+
+
+@dataclass(frozen=True)
+class ImageFolderConfig:
+    """path: the folder. size: side in pixels. channels: 1 (grey) or 3 (RGB). flip: mirror images in training.
+    test_fraction: share of test images where the tree has no split of its own."""
+
+    path: str
+    size: int
+    channels: int = 3
+    flip: bool = True
+    test_fraction: float = 0.1
+
+
+class ImageFolder:
+    """uint8 [N, channels, size, size]; classes are the class folders in alphabetical order, none for a flat folder."""
+
+    Config: ClassVar[type[ImageFolderConfig]] = ImageFolderConfig
+
+    def __init__(self, config: ImageFolderConfig) -> None:
+        """Lists the folder; no image is opened. Raises UsageError when there is nothing to read or an option is out
+        of range."""
+        if config.channels not in (1, 3):
+            raise UsageError(f"channels={config.channels} of an image folder; choose 1 (grey) or 3 (RGB)")
+        if config.size < 1 or not 0 < config.test_fraction < 1:
+            raise UsageError(
+                f"size={config.size}, test_fraction={config.test_fraction}: need size >= 1 and 0 < fraction < 1"
+            )
+        self.config = config
+        self.root = Path(config.path).expanduser()
+        if not self.root.is_dir():
+            raise UsageError(f"data.path={config.path} is not a folder; {_EXPECTED}")
+        self.image_size = config.size
+        self.channels = config.channels
+        self.flip = config.flip
+        folders = _subfolders(self.root)
+        self._parts: dict[str, Path] = {}
+        if "train" in folders and set(folders) <= {"train", *_TEST_NAMES}:
+            self._parts["train"] = self.root / "train"
+            for name in _TEST_NAMES:
+                if name in folders:
+                    self._parts.setdefault("test", self.root / name)
+        self.class_names = tuple(_subfolders(self._parts.get("train", self.root)))
+        self.num_classes: int | None = len(self.class_names) or None
+
+    def load(self, split: str) -> ImageDataset:
+        """The split "train" or "test". Raises UsageError for another name or an empty split, RunError for a broken
+        image."""
+        check_split(split, str(self.root))
+        pairs = self._list(split)
+        config = self.config
+        if not pairs:
+            raise UsageError(f"data.path={config.path} has no images in its {split} split; {_EXPECTED}")
+        files = [path for path, _ in pairs]
+        key: dict[str, Any] = {
+            "source": str(self.root.resolve()),
+            "size": config.size,
+            "channels": config.channels,
+            "files": fingerprint(files, self.root),
+            "classes": self.class_names,
+        }
+
+        def items() -> Iterator[tuple[np.ndarray, int]]:
+            for path, label in pairs:
+                yield read_image(path, config.size, config.channels), label
+
+        shape = (config.channels, config.size, config.size)
+        decoded = decode_once(key, lambda: Encoded(len(pairs), shape, self.num_classes is not None, items))
+        rule = f"{split}/" if self._parts.get("test") else f"{config.test_fraction:g} of the paths' hashes is test"
+        return ImageDataset(
+            images_u8=torch.from_numpy(decoded.images),
+            labels=None if decoded.labels is None else torch.from_numpy(decoded.labels),
+            num_classes=self.num_classes,
+            class_names=self.class_names,
+            name=self.root.resolve().name,
+            split=split,
+            digest=decoded.digest,
+            provenance=f"image folder {config.path}, {split} {len(pairs)} ({rule}), {config.size}px by box and bicubic",
+        )
+
+    def _list(self, split: str) -> list[tuple[Path, int]]:
+        """(file, class) of the split in the order of paths; class 0 throughout where there are no classes."""
+        if "test" in self._parts:
+            return self._pairs(self._parts[split])
+        pairs = self._pairs(self._parts.get("train", self.root))
+        bound = self.config.test_fraction
+        return [pair for pair in pairs if (_share(pair[0].relative_to(self.root)) < bound) == (split == "test")]
+
+    def _pairs(self, root: Path) -> list[tuple[Path, int]]:
+        names = _subfolders(root)
+        foreign = sorted(set(names) - set(self.class_names))
+        if foreign:
+            raise UsageError(
+                f"{root} has the class folder '{foreign[0]}', which the train split {self.class_names} has not"
+            )
+        if not self.class_names:
+            return [(path, 0) for path in _images(root)]
+        return [(path, self.class_names.index(name)) for name in names for path in _images(root / name)]
+
+
+def read_image(source: Path | Any, size: int, channels: int, what: str = "") -> np.ndarray:
+    """One image file (path or binary stream) as uint8 [channels, size, size], by the rule at the top of this file.
+
+    Raises RunError naming the file (or `what`) when it is not an image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(source) as opened:
+            # Through RGBA, because a palette with transparency loses it with a warning otherwise.
+            image: Image.Image = opened.convert("RGBA") if opened.mode == "P" else opened
+            image = image.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RunError(f"{what or source} is not an image that can be read ({error}); replace or remove it") from error
+    if image.size != (size, size):
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = size / min(image.size)
+        width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _subfolders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _images(root: Path) -> list[Path]:
+    """Image files below `root`, at any depth, in the order of their paths."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _share(path: Path) -> float:
+    """A number in [0, 1) that depends on the path only, uniform over paths."""
+    return int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:8], "big") / 2.0**64

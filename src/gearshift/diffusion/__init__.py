@@ -1,0 +1,1 @@
+"""Diffusion: noise processes, the denoiser that ties a backbone to one, and solvers."""

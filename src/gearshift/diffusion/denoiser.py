@@ -1,0 +1,213 @@
+"""Denoiser: backbone + process + guidance, one noise level per row.
+
+Guidance scale is `w` (1 = off): eps = eps_u + w (eps_c - eps_u). A skipped row keeps the eps (and variance) of its own
+branch from before guidance; x0 is derived again at the current x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gearshift.backbones.base import Backbone
+from gearshift.diffusion.process import Process
+from gearshift.execution.executor import execute
+from gearshift.execution.memory import Memory
+from gearshift.execution.outputs import PACK, Event, Outputs, Packing
+from gearshift.execution.plan import FULL, StepPlan
+from gearshift.execution.stream import Rows, gather, to_device
+from gearshift.runtime.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The last prediction of every row, before guidance.
+
+    Attributes:
+        eps: [R, C, H, W].
+        variance: [R, C, H, W], or None where the network predicts none.
+        valid: which rows have one, host bool [R].
+    """
+
+    eps: Tensor
+    variance: Tensor | None
+    valid: Tensor
+
+
+@dataclass(slots=True)
+class Prediction:
+    """What one call gives.
+
+    Attributes:
+        eps: after guidance, [B, C, H, W] fp32.
+        x0: derived from eps at the current x, [B, C, H, W] fp32.
+        variance: of the conditional branch, [B, C, H, W], or None.
+        held: per row, before guidance; what a later skipped call reuses.
+        called: which rows were evaluated in this call, host bool [R].
+        depth: blocks run per row, 0 where it was not evaluated; host int64 [R].
+        taps, uncertainty: heads at the tapped depths, [R, ...].
+        trace: what ran.
+    """
+
+    eps: Tensor
+    x0: Tensor
+    variance: Tensor | None
+    held: Held
+    called: Tensor
+    depth: Tensor
+    taps: dict[int, Tensor] = field(default_factory=dict)
+    uncertainty: dict[int, Tensor] = field(default_factory=dict)
+    trace: list[Event] = field(default_factory=list)
+
+
+class Denoiser(nn.Module):
+    """Predicts eps at a noise level of a process.
+
+    Args:
+        network: a backbone, usually with exits; its output has C channels, or 2C where it predicts a variance.
+        process: gives alpha, sigma and the time value the network is fed.
+    """
+
+    def __init__(self, network: Backbone, process: Process) -> None:
+        super().__init__()
+        self.network = network
+        self.process = process
+
+    @staticmethod
+    def num_branches(guidance: float) -> int:
+        """Rows per sample: guidance off costs one."""
+        return 1 if guidance == 1.0 else 2
+
+    def rows(
+        self,
+        x: Tensor,
+        time: float | Tensor,
+        cond: Tensor | None,
+        plan: StepPlan = FULL,
+        *,
+        memory: Memory | None = None,
+        packing: Packing = PACK,
+        subset: Rows | None = None,
+    ) -> Outputs:
+        """Run the network on rows [n, C, H, W] at `time` (process time: a number, or one per row).
+
+        `subset` says which of the run's rows these are, where they are not all of them.
+        """
+        n = len(x)
+        if isinstance(time, Tensor):
+            fed = self.process.network_time(time).to(device=x.device, dtype=torch.float32)
+        else:
+            fed = torch.full((n,), float(self.process.network_time(time)), device=x.device)
+        plan = self._routed(plan, time, subset or Rows(n))
+        stream = self.network.embed(x, fed, cond)
+        if subset is not None:
+            stream.rows = subset
+        return execute(self.network, stream, plan, memory, packing=packing)
+
+    def _routed(self, plan: StepPlan, time: float | Tensor, rows: Rows) -> StepPlan:
+        """Fill in the expert of each row from its noise level, where the network has several."""
+        if plan.expert is not None or len(self.network.paths) == 1:
+            return plan
+        # In float64 from the caller's time: the network-fed value is rounded.
+        levels = self.process.log_snr(time.double().cpu() if isinstance(time, Tensor) else time)
+        expert = torch.zeros(rows.total, dtype=torch.int64)
+        expert[rows.host()] = self.network.route(torch.as_tensor(levels).double().expand(len(rows)))
+        return StepPlan(plan.call, expert, plan.depth, plan.exit, plan.bypass, plan.reuse, plan.taps)
+
+    def predict(
+        self,
+        x: Tensor,
+        time: float,
+        cond: Tensor | None,
+        *,
+        plan: StepPlan = FULL,
+        guidance: float = 1.0,
+        memory: Memory | None = None,
+        held: Held | None = None,
+        packing: Packing = PACK,
+    ) -> Prediction:
+        """One call of a sampler.
+
+        Args:
+            x: noisy images [B, C, H, W] fp32 in the frame alpha x0 + sigma eps.
+            time: process time of the call.
+            cond: labels [B], text [B, L, D], or None.
+            plan: per-row tensors have R = branches * B entries, branch-major.
+            guidance: w.
+            held: the last prediction; rows without a valid one are evaluated even where the plan skips them.
+        """
+        batch, branches = len(x), self.num_branches(guidance)
+        total = batch * branches
+        called = self._called(plan, held, total)
+        if bool(called.any()):
+            subset = None if bool(called.all()) else called.nonzero().flatten()
+            x_rows = x if branches == 1 else x.repeat(branches, *[1] * (x.ndim - 1))
+            cond_rows = self._branch_cond(cond, batch, branches, x.device)
+            outputs = self.rows(
+                gather(x_rows, subset),
+                time,
+                None if cond_rows is None else gather(cond_rows, subset),
+                plan,
+                memory=memory,
+                packing=packing,
+                subset=None if subset is None else Rows(total, subset),
+            )
+            fresh = self._split(outputs.prediction, x.shape[1], called)
+            now = fresh if subset is None else _merged(held, fresh, subset, total)
+            depth = torch.zeros(total, dtype=torch.int64)
+            depth[outputs.rows.host()] = outputs.depth
+            taps, uncertainty, trace = outputs.taps, outputs.uncertainty, outputs.trace
+        else:
+            assert held is not None  # a row without a valid prediction is called
+            now, depth = held, torch.zeros(total, dtype=torch.int64)
+            taps, uncertainty, trace = {}, {}, []
+        eps = now.eps
+        if branches == 2:
+            conditional, unconditional = now.eps.chunk(2)
+            eps = torch.lerp(unconditional, conditional, guidance)
+        alpha, sigma = float(self.process.alpha(time)), float(self.process.sigma(time))
+        variance = None if now.variance is None else now.variance[:batch]
+        return Prediction(
+            eps=eps,
+            x0=(x - sigma * eps) / alpha,
+            variance=variance,
+            held=now,
+            called=called,
+            depth=depth,
+            taps=taps,
+            uncertainty=uncertainty,
+            trace=trace,
+        )
+
+    @staticmethod
+    def _called(plan: StepPlan, held: Held | None, total: int) -> Tensor:
+        called = torch.as_tensor(plan.call).expand(total)
+        return torch.ones(total, dtype=torch.bool) if held is None else called | ~held.valid
+
+    def _branch_cond(self, cond: Tensor | None, batch: int, branches: int, device: torch.device) -> Tensor | None:
+        if branches == 1:
+            return cond
+        null = self.network.null_cond(batch, device)
+        if cond is None or null is None:
+            raise UsageError(f"guidance needs {self.network.cond_kind} conditioning for {self.network.name}, got none")
+        return torch.cat([cond, null.to(cond.dtype)])
+
+    def _split(self, output: Tensor, channels: int, called: Tensor) -> Held:
+        output = output.float()
+        if output.shape[1] == channels:
+            return Held(output, None, called)
+        return Held(output[:, :channels], output[:, channels:], called)
+
+
+def _merged(held: Held | None, fresh: Held, subset: Tensor, total: int) -> Held:
+    """Put fresh rows among the held ones."""
+
+    def put(new: Tensor, old: Tensor | None) -> Tensor:
+        base = new.new_zeros((total, *new.shape[1:])) if old is None else old
+        return base.index_copy(0, to_device(subset, new.device), new)
+
+    variance = None if fresh.variance is None else put(fresh.variance, None if held is None else held.variance)
+    valid = fresh.valid if held is None else fresh.valid | held.valid
+    return Held(put(fresh.eps, None if held is None else held.eps), variance, valid)

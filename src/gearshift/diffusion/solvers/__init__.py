@@ -1,0 +1,24 @@
+"""Solvers: each one a file, all behind ``base.Solver``; ``diffusers`` adapts the library of that name."""
+
+from gearshift.diffusion.solvers.base import Call, Solver, State
+from gearshift.diffusion.solvers.ddim import DDIM, DDIMConfig
+from gearshift.diffusion.solvers.ddpm import DDPM, DDPMConfig
+from gearshift.diffusion.solvers.diffusers import DiffusersConfig, DiffusersSolver
+from gearshift.diffusion.solvers.dpmpp_2m import DPMpp2M, DPMpp2MConfig
+from gearshift.diffusion.solvers.euler_maruyama import EulerMaruyama, EulerMaruyamaConfig
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "Call",
+    "DDIMConfig",
+    "DDPMConfig",
+    "DPMpp2M",
+    "DPMpp2MConfig",
+    "DiffusersConfig",
+    "DiffusersSolver",
+    "EulerMaruyama",
+    "EulerMaruyamaConfig",
+    "Solver",
+    "State",
+]

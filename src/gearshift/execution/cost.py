@@ -1,0 +1,144 @@
+"""What things cost: multiply-accumulates of every block in every mode, measured once on the meta device.
+
+Convention: a multiply-add is one MAC (papers print MACs as "Gflops"); `flops = 2 * macs`. Matrix products, convolutions
+and attention products are counted; norms, activations and additions are not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gearshift.execution.memory import NO_SLOT, Slot
+from gearshift.execution.network import Network
+from gearshift.execution.outputs import Event
+from gearshift.execution.stream import Stream
+
+REUSED_IN_BLOCK = ("qk", "map", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """MACs of one row: in layers with weights (convolutions, linear), and in attention products."""
+
+    linear: int = 0
+    attention: int = 0
+
+    @property
+    def macs(self) -> int:
+        return self.linear + self.attention
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.linear + other.linear, self.attention + other.attention)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Cost of one row per (kind, path, index, mode), with the keys of `execution.outputs.Event`."""
+
+    entries: dict[tuple[str, int, int, str], Cost] = field(default_factory=dict)
+
+    @classmethod
+    def measure(cls, backbone: Network, cond: Tensor | None = None) -> CostTable:
+        """Count every block of `backbone` in every mode, every readout and uncertainty head.
+
+        Args:
+            cond: conditioning of one row ([1] labels or [1, L, D] text); None takes the backbone's own kind with the
+                shapes it declares.
+        """
+        twin = _meta_twin(backbone)
+        meta_cond = twin.example_cond(1) if cond is None else cond.to("meta")
+        entries: dict[tuple[str, int, int, str], Cost] = {}
+        with torch.no_grad():
+            for path in range(len(twin.paths)):
+                _measure_path(twin, path, meta_cond, entries)
+        return cls(entries)
+
+    def of(self, event: Event) -> Cost:
+        """Cost of one row of an event."""
+        return self.entries[event.kind, event.path, event.index, event.mode]
+
+    def path_cost(self, path: int = 0, depth: int | None = None, *, blocks: tuple[int, ...]) -> Cost:
+        """One row, embedded, run through `blocks` (those of the path) up to `depth`, and read out there."""
+        depth = len(blocks) if depth is None else depth
+        total = self.entries["embed", path, 0, "full"] + self.entries["readout", path, depth, "full"]
+        for index in blocks[:depth]:
+            total = total + self.entries["block", path, index, "full"]
+        return total
+
+    def full(self, backbone: Network, path: int = 0) -> Cost:
+        """The plain network, no heads but the final one."""
+        return self.path_cost(path, blocks=backbone.paths[path])
+
+
+def _measure_path(
+    twin: Network, path: int, cond: Tensor | None, entries: dict[tuple[str, int, int, str], Cost]
+) -> None:
+    size = twin.image_size
+    x = torch.empty(1, twin.in_channels, size, size, device="meta")
+    stream, entries["embed", path, 0, "full"] = _count(twin.embed, x, torch.empty(1, device="meta"), cond)
+    blocks, exits = twin.paths[path], twin.exits(path)
+    for depth in range(len(blocks) + 1):
+        if depth in exits:
+            _, entries["readout", path, depth, "full"] = _count(twin.readout, stream.hidden, stream.cond, depth, path)
+            if twin.has_uncertainty:
+                _, cost = _count(twin.uncertainty, stream.hidden, stream.time, depth, path)
+                entries["uncertainty", path, depth, "full"] = cost
+        if depth < len(blocks):
+            _measure_block(twin, path, blocks[depth], stream, entries)
+
+
+def _measure_block(
+    twin: Network, path: int, index: int, stream: Stream, entries: dict[tuple[str, int, int, str], Cost]
+) -> None:
+    """Count one block in every mode, and move the stream past it."""
+    block = twin.blocks[index]
+    skip = stream.pop() if index in twin.pops else None
+    kept = Slot(wanted=frozenset(REUSED_IN_BLOCK))
+    block(stream.hidden, stream.cond, skip, kept)
+    after, full = _count(block, stream.hidden, stream.cond, skip, NO_SLOT)
+    entries["block", path, index, "full"] = full
+    entries["block", path, index, "block"] = Cost()
+    _, entries["block", path, index, "bypass"] = _count(twin.bypass, index, stream.hidden, stream.cond, skip)
+    for part in REUSED_IN_BLOCK:
+        held = {name: tensors for name, tensors in kept.stored.items() if name.rsplit(".", 1)[-1] == part}
+        cost = full  # no attention inside: the part saves nothing
+        if held:
+            _, cost = _count(block, stream.hidden, stream.cond, skip, Slot(part, frozenset(), held))
+        entries["block", path, index, part] = cost
+    stream.hidden = after
+    if index in twin.pushes:
+        stream.push()
+
+
+def _meta_twin(backbone: Network) -> Network:
+    """A copy on the meta device, without copying any weight."""
+    memo: dict[int, Any] = {}
+    for parameter in backbone.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in backbone.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(backbone, memo)
+
+
+def _count(call: Callable[..., Any], *arguments: Any) -> tuple[Any, Cost]:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        result = call(*arguments)
+    linear = attention = 0
+    for op, flops in counter.get_flop_counts().get("Global", {}).items():
+        if "attention" in str(op) or "bmm" in str(op):
+            attention += flops // 2
+        else:
+            linear += flops // 2
+    return result, Cost(linear, attention)

@@ -1,0 +1,355 @@
+"""The one place that runs blocks: exits, bypass, reuse, packing, routing to decoders, and the trace.
+
+Rows that leave are read out at once; they are dropped from the stream when dropping pays (`Packing`). In simulation
+every row runs to the end and outputs are gathered: the same decisions, the same numbers up to rounding, no saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gearshift.execution.exits import ExitView
+from gearshift.execution.memory import NO_SLOT, Memory, Slot
+from gearshift.execution.network import Network
+from gearshift.execution.outputs import PACK, Event, Outputs, Packing
+from gearshift.execution.plan import StepPlan
+from gearshift.execution.stream import Rows, Stream, gather, to_device
+from gearshift.runtime.errors import UsageError
+
+
+def execute(
+    backbone: Network, stream: Stream, plan: StepPlan, memory: Memory | None = None, *, packing: Packing = PACK
+) -> Outputs:
+    """Run `backbone` on `stream` as `plan` says.
+
+    Args:
+        stream: from `backbone.embed`; its rows may be a subset of the run's. Per-row tensors of the plan have one
+            entry for each of the run's R rows (`stream.rows.total`).
+        memory: needed where the plan reuses; entries it wants are stored as they are computed.
+
+    Raises:
+        UsageError: the plan names a depth, block or expert that the backbone does not have, or reuses without memory.
+    """
+    return _Execution(backbone, stream, plan, memory, packing).run(stream)
+
+
+class _Execution:
+    """State of one call of `execute`."""
+
+    def __init__(
+        self, backbone: Network, stream: Stream, plan: StepPlan, memory: Memory | None, packing: Packing
+    ) -> None:
+        self.backbone, self.plan, self.memory, self.packing = backbone, plan, memory, packing
+        self.rows = stream.rows
+        self.device = stream.hidden.device
+        self.trace: list[Event] = [Event("embed", 0, 0, "full", stream.rows)]
+        self.finished: list[tuple[Rows, Tensor]] = []
+        self.depth = torch.zeros(stream.rows.total, dtype=torch.int64)
+        # A rule's state spans the run's rows, so packing and routing do not move it.
+        self.rule_state: Any = plan.exit.begin(stream.rows.total) if plan.exit is not None else None
+        self.tapped: dict[int, list[tuple[Rows, Tensor]]] = {}
+        self.tapped_uncertainty: dict[int, list[tuple[Rows, Tensor]]] = {}
+        # Path of each of the run's rows, host int64 [R].
+        self.path = torch.zeros(stream.rows.total, dtype=torch.int64)
+        for name in ("expert", "depth"):
+            value = getattr(plan, name)
+            if isinstance(value, Tensor) and value.shape != (stream.rows.total,):
+                raise ValueError(f"StepPlan.{name} has shape {list(value.shape)}; the run has {stream.rows.total} rows")
+        known = range(len(backbone.blocks))
+        for block in [*plan.bypass, *(block for block, _ in plan.reuse)]:
+            if block not in known:
+                raise UsageError(f"the plan names block {block}; {backbone.name} has blocks 0..{len(known) - 1}")
+        if plan.reuse and memory is None:
+            raise UsageError(f"the plan reuses {sorted(plan.reuse)} but the run has no memory for it")
+
+    # Routing ---------------------------------------------------------------------------------------------------------
+
+    def run(self, stream: Stream) -> Outputs:
+        used = self._route(stream.rows)
+        alive = torch.ones(len(stream.rows), dtype=torch.bool)
+        if len(used) == 1:
+            self._walk(stream, alive, used[0], 0)
+        else:
+            # Shared blocks run once for everybody; only what goes on is split.
+            prefix = _common_prefix([self.backbone.paths[path] for path in used])
+            previous: Tensor | None = None
+            if prefix:
+                stream, alive, previous = self._walk(stream, alive, used[0], 0, until=prefix)
+            for path, here in self._by_path(stream.rows):
+                if self._runs_on(alive[here]):
+                    before = None if previous is None else gather(previous, here)
+                    self._walk(stream.take(here), alive[here], path, prefix, previous=before)
+        depth = self.depth if self.rows.index is None else self.depth[self.rows.index]
+        return Outputs(
+            prediction=self._merge(self.finished),
+            depth=depth,
+            rows=self.rows,
+            taps={d: self._merge(parts) for d, parts in self.tapped.items()},
+            uncertainty={d: self._merge(parts) for d, parts in self.tapped_uncertainty.items()},
+            trace=self.trace,
+        )
+
+    def _route(self, rows: Rows) -> list[int]:
+        """Settle the path of every row; the paths in use, ascending."""
+        expert = self.plan.expert
+        if expert is None and len(self.backbone.paths) > 1:
+            raise UsageError(f"{self.backbone.name} has {len(self.backbone.paths)} paths; the plan must route its rows")
+        expert = 0 if expert is None else expert
+        used = [expert] if isinstance(expert, int) else sorted(set(expert[rows.host()].tolist()))
+        for path in used:
+            if path not in range(len(self.backbone.paths)):
+                raise UsageError(f"expert {path} does not exist; {self.backbone.name} has {len(self.backbone.paths)}")
+        if isinstance(expert, int):
+            self.path.fill_(expert)
+        else:
+            self.path = expert
+        return used
+
+    def _by_path(self, rows: Rows, mask: Tensor | None = None) -> list[tuple[int, Tensor]]:
+        """(path, positions in `rows`) for each path that some row (of those in the host bool `mask`) takes."""
+        positions = torch.arange(len(rows)) if mask is None else mask.nonzero().flatten()
+        paths = self.path[rows.host()[positions]]
+        return [(path, positions[paths == path]) for path in sorted(set(paths.tolist()))]
+
+    def _merge(self, parts: list[tuple[Rows, Tensor]]) -> Tensor:
+        """Parts over disjoint rows, in the order of the run's rows."""
+        if len(parts) == 1 and len(parts[0][0]) == len(self.rows):
+            return parts[0][1]
+        order = torch.cat([rows.host() for rows, _ in parts])
+        if len(order) != len(self.rows):
+            raise UsageError("a tapped depth is not reached by every row; tap depths that all paths and plans have")
+        return torch.cat([tensor for _, tensor in parts]).index_select(0, to_device(order.argsort(), self.device))
+
+    # One path --------------------------------------------------------------------------------------------------------
+
+    def _targets(self, rows: Rows) -> Tensor:
+        """Depth at which each row leaves at the latest, host int64 [n]."""
+        backbone, wanted = self.backbone, self.plan.depth
+        deepest = max(backbone.num_blocks(path) for path in range(len(backbone.paths)))
+        targets = torch.empty(len(rows), dtype=torch.int64)
+        for path, here in self._by_path(rows):
+            full = backbone.num_blocks(path)
+            if wanted is None:
+                targets[here] = full
+                continue
+            asked = torch.tensor([wanted]) if isinstance(wanted, int) else wanted[rows.host()[here]]
+            for depth in set(asked.tolist()):
+                # One number for all paths may be more than a short one has: that row runs to its end.
+                if not full < depth <= deepest:
+                    backbone.check_depth(depth, path)
+            targets[here] = asked.clamp(max=full)
+        return targets
+
+    def _runs_on(self, alive: Tensor) -> bool:
+        """Whether blocks still have to run: somebody is left, or nobody may be dropped."""
+        return bool(alive.any()) or self.packing.simulate or bool(self.plan.taps)
+
+    def _walk(
+        self,
+        stream: Stream,
+        alive: Tensor,
+        path: int,
+        start: int,
+        until: int | None = None,
+        previous: Tensor | None = None,
+    ) -> tuple[Stream, Tensor, Tensor | None]:
+        """Run `stream` from depth `start` until every row has left, or to depth `until`; returns what goes on there.
+
+        Up to `until` the rows may be of several paths, which share the blocks of `path` but not their heads. `alive`
+        (host bool [n]) marks the rows that have not left; the others are carried until dropping them pays. `previous`
+        is the hidden state before the last block.
+        """
+        plan = self.plan
+        blocks = self.backbone.paths[path]
+        targets = self._targets(stream.rows)
+        for own, _ in self._by_path(stream.rows):
+            for depth in plan.taps:
+                self.backbone.check_depth(depth, own)
+        pending: list[tuple[int, Tensor]] = []
+        owed: list[tuple[int, Tensor]] = []
+        if self.packing.simulate and not plan.taps:
+            last = len(blocks)
+        else:
+            last = max(int(targets.max()), *plan.taps, 0)
+        if until is not None:
+            last = until
+        for depth in range(start, last + 1):
+            if depth == until:  # exits and taps here belong to the paths that go on
+                break
+            if depth in plan.taps:
+                pending.append((depth, stream.hidden))
+            leaving = alive & (targets == depth)
+            leaving = leaving | self._asked(stream, depth, alive & ~leaving, previous)
+            if bool(leaving.any()):
+                alive = alive & ~leaving
+                if depth in plan.taps:  # the tap reads them too
+                    owed.append((depth, leaving))
+                else:
+                    self._leave(stream, depth, leaving)
+            if depth == last or not self._runs_on(alive):
+                break
+            if self._drops(alive):
+                keep = alive.nonzero().flatten()
+                stream, targets = stream.take(keep), targets[keep]
+                alive = torch.ones(len(keep), dtype=torch.bool)
+            previous = stream.hidden
+            self._block(stream, path, blocks[depth], alive)
+        self._read_taps(stream, pending, owed)
+        return stream, alive, previous
+
+    def _drops(self, alive: Tensor) -> bool:
+        if self.packing.simulate or self.plan.taps:
+            return False
+        gone = len(alive) - int(alive.sum())
+        # With a memory rows that left would still be looked up in it: drop them at once.
+        least = 0.0 if self.memory is not None else self.packing.min_fraction * len(alive)
+        return gone > 0 and gone >= least
+
+    def _asked(self, stream: Stream, depth: int, candidates: Tensor, previous: Tensor | None) -> Tensor:
+        """Ask the exit rule about the candidate rows; host bool over the stream's rows. The one sync of a block."""
+        leaving = torch.zeros(len(candidates), dtype=torch.bool)
+        rule = self.plan.exit
+        if rule is None or not bool(candidates.any()):
+            return leaving
+        for path, here in self._by_path(stream.rows, candidates):
+            exits = self.backbone.exits(path)
+            if depth not in rule.depths(exits):
+                continue
+            positions = None if len(here) == len(stream.rows) else here
+            view = self._view(stream, path, depth, exits, positions, previous)
+            leaving[here] = rule.leaves(view, self.rule_state).cpu()
+        return leaving
+
+    def _view(
+        self,
+        stream: Stream,
+        path: int,
+        depth: int,
+        exits: tuple[int, ...],
+        positions: Tensor | None,
+        previous: Tensor | None,
+    ) -> ExitView:
+        rows = stream.rows if positions is None else stream.rows.take(positions)
+        hidden = gather(stream.hidden, positions)
+        time = gather(stream.time, positions)
+
+        def uncertainty() -> Tensor:
+            self.trace.append(Event("uncertainty", path, depth, "full", rows))
+            return self.backbone.uncertainty(hidden, time, depth, path)
+
+        before = None if previous is None else gather(previous, positions)
+        return ExitView(depth, path, exits, rows, hidden, before, uncertainty)
+
+    def _leave(self, stream: Stream, depth: int, leaving: Tensor) -> None:
+        """Read out the leaving rows."""
+        for path, here in self._by_path(stream.rows, leaving):
+            positions = None if len(here) == len(stream.rows) else here
+            rows = stream.rows if positions is None else stream.rows.take(positions)
+            hidden = gather(stream.hidden, positions)
+            cond = {name: gather(value, positions) for name, value in stream.cond.items()}
+            self.trace.append(Event("readout", path, depth, "full", rows))
+            self.finished.append((rows, self.backbone.readout(hidden, cond, depth, path)))
+            self.depth[rows.host()] = depth
+
+    def _read_taps(
+        self, stream: Stream, pending: Sequence[tuple[int, Tensor]], owed: Sequence[tuple[int, Tensor]]
+    ) -> None:
+        """Read every tapped depth, batched where the backbone can; `owed` are the rows that leave at one of them."""
+        if not pending:
+            return
+        depths = [depth for depth, _ in pending]
+        for path, here in self._by_path(stream.rows):
+            positions = None if len(here) == len(stream.rows) else here
+            rows = stream.rows if positions is None else stream.rows.take(positions)
+            hiddens = [gather(hidden, positions) for _, hidden in pending]
+            cond = {name: gather(value, positions) for name, value in stream.cond.items()}
+            predictions = dict(zip(depths, self.backbone.readouts(hiddens, cond, depths, path), strict=True))
+            for depth, prediction in predictions.items():
+                self.trace.append(Event("readout", path, depth, "full", rows))
+                self.tapped.setdefault(depth, []).append((rows, prediction))
+            for depth, leaving in owed:
+                mine = leaving[here].nonzero().flatten()
+                if len(mine):
+                    part = None if len(mine) == len(rows) else mine
+                    done = rows if part is None else rows.take(part)
+                    self.finished.append((done, gather(predictions[depth], part)))
+                    self.depth[done.host()] = depth
+            if self.backbone.has_uncertainty:
+                values = self.backbone.uncertainties(hiddens, gather(stream.time, positions), depths, path)
+                for depth, value in zip(depths, values, strict=True):
+                    self.trace.append(Event("uncertainty", path, depth, "full", rows))
+                    self.tapped_uncertainty.setdefault(depth, []).append((rows, value))
+
+    # One block -------------------------------------------------------------------------------------------------------
+
+    def _block(self, stream: Stream, path: int, block: int, alive: Tensor) -> None:
+        """Run, reuse or bypass one block, in place on the stream. Rows that have left leave no entry in the memory."""
+        skip = stream.pop() if block in self.backbone.pops else None
+        counted = self._counted(stream.rows, alive)
+        if block in self.plan.bypass:
+            self.trace.append(Event("block", path, block, "bypass", counted))
+            stream.hidden = self.backbone.bypass(block, stream.hidden, stream.cond, skip)
+        elif self.memory is None:
+            self.trace.append(Event("block", path, block, "full", counted))
+            stream.hidden = self.backbone.blocks[block](stream.hidden, stream.cond, skip, NO_SLOT)
+        else:
+            stream.hidden = self._block_with_memory(self.memory, stream, path, block, skip, alive)
+        if block in self.backbone.pushes:
+            stream.push()
+
+    def _counted(self, rows: Rows, alive: Tensor) -> Rows:
+        """The rows a block is charged for: in simulation those that need it, otherwise all it really runs on."""
+        return rows.take(alive.nonzero().flatten()) if self.packing.simulate and not self.plan.taps else rows
+
+    def _block_with_memory(
+        self, memory: Memory, stream: Stream, path: int, block: int, skip: Tensor | None, alive: Tensor
+    ) -> Tensor:
+        """Rows with a valid entry reuse; the others compute, in a group of their own."""
+        part = self.plan.reused_part(block)
+        valid = torch.zeros(len(stream.rows), dtype=torch.bool)
+        if part is not None:
+            valid = memory.valid((block, part), stream.rows)
+        groups = [(mode, mask) for mode, mask in ((part, valid), (None, ~valid)) if bool(mask.any())]
+        results: list[tuple[Tensor, Tensor]] = []
+        for mode, mask in groups:
+            positions = None if bool(mask.all()) else mask.nonzero().flatten()
+            rows = stream.rows if positions is None else stream.rows.take(positions)
+            keep = alive if positions is None else alive[positions]
+            self.trace.append(Event("block", path, block, mode or "full", self._counted(rows, keep)))
+            held = memory.read((block, mode), rows) if mode is not None else {}
+            if mode == "block":
+                hidden = held["block"][0]
+            else:
+                slot = Slot(mode, memory.wanted(block), held)
+                hidden = self.backbone.blocks[block](
+                    gather(stream.hidden, positions),
+                    {name: gather(value, positions) for name, value in stream.cond.items()},
+                    None if skip is None else gather(skip, positions),
+                    slot,
+                )
+                self._remember(memory, block, rows, slot, hidden, keep)
+            results.append((torch.arange(len(stream.rows)) if positions is None else positions, hidden))
+        if len(results) == 1:
+            return results[0][1]
+        order = torch.cat([positions for positions, _ in results]).argsort()
+        return torch.cat([hidden for _, hidden in results]).index_select(0, to_device(order, self.device))
+
+    def _remember(self, memory: Memory, block: int, rows: Rows, slot: Slot, hidden: Tensor, keep: Tensor) -> None:
+        wanted = memory.wanted(block)
+        if "block" in wanted:
+            slot.store("block", hidden)
+        for part in wanted:
+            values = {name: tensors for name, tensors in slot.stored.items() if name.rsplit(".", 1)[-1] == part}
+            if values and bool(keep.any()):
+                memory.write((block, part), rows, values, keep)
+
+
+def _common_prefix(paths: Sequence[tuple[int, ...]]) -> int:
+    length = 0
+    while all(len(path) > length for path in paths) and len({path[length] for path in paths}) == 1:
+        length += 1
+    return length

@@ -1,0 +1,122 @@
+"""The decision of one call: which rows are evaluated, by which decoder, how deep, and what is taken from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gearshift.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from gearshift.execution.exits import ExitView
+
+# What a reused block still computes shrinks from left to right; where two policies ask for different parts of one
+# block, the one that computes least wins, because its result already contains the other's.
+PARTS = ("qk", "map", "output", "block")
+
+
+class ExitRule(Protocol):
+    """Looked at after each block named by `depths`; decides which of the rows still running leave there."""
+
+    def depths(self, exits: tuple[int, ...]) -> Collection[int]:
+        """Depths, out of the backbone's `exits`, at which a row may leave. Elsewhere the rule costs nothing."""
+        ...
+
+    def begin(self, num_rows: int) -> Any:
+        """State of one execution (patience counters and the like); None where the rule has none."""
+        ...
+
+    def leaves(self, view: ExitView, state: Any) -> Tensor:
+        """Boolean mask over the rows of `view`, on any device; the executor moves it to the host once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """What one call computes. Per-row tensors have one entry for each of the R rows and live on the host.
+
+    Attributes:
+        call: evaluate the network (True), or reuse the last prediction; one flag or bool [R].
+        expert: path through the backbone (network or decoder); None routes by the row's noise level; int or int64 [R].
+        depth: read out after this many blocks; None is all of them; int or int64 [R].
+        exit: rule looked at after each block that lets rows leave before `depth`.
+        bypass: blocks that are dropped, by index.
+        reuse: pairs (block, part) taken from memory, part one of `PARTS`.
+        taps: depths that are read out as well (training, analysis).
+    """
+
+    call: bool | Tensor = True
+    expert: int | Tensor | None = None
+    depth: int | Tensor | None = None
+    exit: ExitRule | None = None
+    bypass: frozenset[int] = field(default_factory=frozenset)
+    reuse: frozenset[tuple[int, str]] = field(default_factory=frozenset)
+    taps: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("call", "expert", "depth"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
+                raise ValueError(f"StepPlan.{name} is decided on the host but lies on {value.device}")
+        unknown = {part for _, part in self.reuse} - set(PARTS)
+        if unknown:
+            raise ValueError(f"StepPlan.reuse names {sorted(unknown)}; the parts are {list(PARTS)}")
+
+    def reused_part(self, block: int) -> str | None:
+        """The part of `block` taken from memory, or None."""
+        best = max((PARTS.index(part) for index, part in self.reuse if index == block), default=-1)
+        return PARTS[best] if best >= 0 else None
+
+
+FULL = StepPlan()
+
+
+def _all(a: bool | Tensor, b: bool | Tensor) -> bool | Tensor:
+    if isinstance(a, bool) and isinstance(b, bool):
+        return a and b
+    return torch.as_tensor(a) & torch.as_tensor(b)
+
+
+def _least(a: int | Tensor | None, b: int | Tensor | None) -> int | Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def _same_expert(a: int | Tensor | None, b: int | Tensor | None) -> int | Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    if not bool((torch.as_tensor(a) == torch.as_tensor(b)).all()):
+        chosen = " and ".join(str(e if isinstance(e, int) else e.tolist()) for e in (a, b))
+        raise UsageError(f"two policies choose different experts for one call ({chosen}); keep one of them")
+    return a
+
+
+def join(plans: Iterable[StepPlan]) -> StepPlan:
+    """Compose plans: call = all agree, depth = the least, bypass and reuse = the union, at most one exit rule.
+
+    Raises:
+        UsageError: two plans bring an exit rule, or different experts.
+    """
+    result = FULL
+    for plan in plans:
+        if result.exit is not None and plan.exit is not None:
+            rules = f"{type(result.exit).__name__} and {type(plan.exit).__name__}"
+            raise UsageError(f"two exit rules in one plan ({rules}); keep one of them")
+        result = replace(
+            result,
+            call=_all(result.call, plan.call),
+            expert=_same_expert(result.expert, plan.expert),
+            depth=_least(result.depth, plan.depth),
+            exit=result.exit or plan.exit,
+            bypass=result.bypass | plan.bypass,
+            reuse=result.reuse | plan.reuse,
+            taps=tuple(sorted({*result.taps, *plan.taps})),
+        )
+    return result

@@ -1,0 +1,110 @@
+"""What flows between blocks: hidden state, conditioning, pending skips, and which rows are still in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """A subset of the rows of a run, ascending. The index lives on the host, so its size is known without a sync.
+
+    Args:
+        total: number of rows of the whole run, R.
+        index: host int64 [n], ascending original indices; None means all rows.
+    """
+
+    __slots__ = ("_device_index", "index", "total")
+
+    def __init__(self, total: int, index: Tensor | None = None) -> None:
+        self.total = total
+        self.index = index
+        self._device_index: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.total if self.index is None else len(self.index)
+
+    def host(self) -> Tensor:
+        """Original indices, host int64 [n]."""
+        return torch.arange(self.total) if self.index is None else self.index
+
+    def on(self, device: torch.device) -> Tensor:
+        """Original indices on `device`, moved once."""
+        if self._device_index is None or self._device_index.device != device:
+            self._device_index = to_device(self.host(), device)
+        return self._device_index
+
+    def take(self, positions: Tensor) -> Rows:
+        """The rows at these positions (host int64) of this subset."""
+        return Rows(self.total, self.host()[positions])
+
+    def positions_of(self, other: Rows) -> Tensor | None:
+        """Where each row of `other` (a subset of this one) stands here, host int64; None if both are the same rows."""
+        if self is other or len(self) == len(other):
+            return None
+        if self.index is None:
+            return other.host()
+        return torch.searchsorted(self.index, other.host())
+
+
+def to_device(index: Tensor, device: torch.device) -> Tensor:
+    """Move a host index without waiting for the device."""
+    if device.type == "cuda":  # a pageable copy would wait for the stream
+        return index.pin_memory().to(device, non_blocking=True)
+    return index.to(device)
+
+
+def gather(tensor: Tensor, positions: Tensor | None) -> Tensor:
+    """Rows of `tensor` at `positions` (host int64); None leaves it as it is."""
+    if positions is None:
+        return tensor
+    return tensor.index_select(0, to_device(positions, tensor.device))
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A pending long skip together with the rows it was pushed for."""
+
+    hidden: Tensor
+    rows: Rows
+
+
+@dataclass(slots=True)
+class Stream:
+    """State between two blocks. The first dimension of every tensor is the rows still in the stream.
+
+    Attributes:
+        hidden: [n, ...], shape owned by the backbone.
+        time: [n] the time value the network was fed (heads may embed it).
+        rows: which rows of the run these are.
+        cond: named conditioning tensors [n, ...] that blocks and heads read.
+        skips: pushed and not yet popped; gathered only when popped, so dropping rows copies none of them.
+    """
+
+    hidden: Tensor
+    time: Tensor
+    rows: Rows
+    cond: dict[str, Tensor] = field(default_factory=dict)
+    skips: list[Skip] = field(default_factory=list)
+
+    def take(self, positions: Tensor) -> Stream:
+        """The stream of the rows at `positions` (host int64, ascending)."""
+        on_device = to_device(positions, self.hidden.device)
+        return Stream(
+            hidden=self.hidden.index_select(0, on_device),
+            time=self.time.index_select(0, on_device),
+            rows=self.rows.take(positions),
+            cond={name: value.index_select(0, on_device) for name, value in self.cond.items()},
+            skips=list(self.skips),
+        )
+
+    def push(self) -> None:
+        """Push the hidden state as a long skip."""
+        self.skips.append(Skip(self.hidden, self.rows))
+
+    def pop(self) -> Tensor:
+        """Pop the latest skip, narrowed to the rows still here."""
+        skip = self.skips.pop()
+        return gather(skip.hidden, skip.rows.positions_of(self.rows))

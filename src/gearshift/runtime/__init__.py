@@ -1,0 +1,1 @@
+"""What every part may lean on and what leans on none: errors, randomness, configs, run folders, launch, progress."""

@@ -1,0 +1,1 @@
+"""The sampling loop, keyed noise, and the ledger of what it took."""

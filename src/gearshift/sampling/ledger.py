@@ -1,0 +1,153 @@
+"""What every call took: plan, depth, MACs, per call and row, counted from the trace and the cost table."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gearshift.diffusion.denoiser import Prediction
+from gearshift.diffusion.solvers.base import Call
+from gearshift.execution.cost import CostTable
+from gearshift.runtime.errors import RunError
+from gearshift.runtime.files import atomic_write
+
+
+@dataclass(frozen=True)
+class LedgerData:
+    """Arrays over calls K, branches G and samples N.
+
+    Attributes:
+        depth: blocks run [K, G, N] (0: not called), int16.
+        called: network evaluated [K, G, N], bool.
+        macs: multiply-accumulates [K, G, N], heads included, int64.
+        reused: blocks that took something from memory [K, G, N], int16.
+        full_macs: of one row through the plain network (the path its noise level is routed to), int64 [K].
+        time, log_snr: process time and log-SNR of each call [K].
+    """
+
+    depth: NDArray[np.int16]
+    called: NDArray[np.bool_]
+    macs: NDArray[np.int64]
+    reused: NDArray[np.int16]
+    full_macs: NDArray[np.int64]
+    time: NDArray[np.float64]
+    log_snr: NDArray[np.float64]
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.macs.shape[2])
+
+    @property
+    def macs_per_image(self) -> float:
+        return float(self.macs.sum() / self.num_samples)
+
+    @property
+    def full_macs_per_image(self) -> int:
+        """The plain network at every call and branch."""
+        return int(self.full_macs.sum()) * int(self.macs.shape[1])
+
+    @property
+    def macs_saved(self) -> float:
+        """Fraction of the plain network's MACs at the same calls; negative where heads cost more than exits save."""
+        return 1 - self.macs_per_image / self.full_macs_per_image
+
+    @property
+    def calls_per_image(self) -> float:
+        """Network evaluations per image, each guidance branch counted."""
+        return float(self.called.sum() / self.num_samples)
+
+    def take(self, samples: slice) -> LedgerData:
+        """Some of the samples."""
+        return LedgerData(
+            self.depth[..., samples],
+            self.called[..., samples],
+            self.macs[..., samples],
+            self.reused[..., samples],
+            self.full_macs,
+            self.time,
+            self.log_snr,
+        )
+
+    @staticmethod
+    def merge(parts: Sequence[LedgerData]) -> LedgerData:
+        """Parts over consecutive samples of the same calls."""
+        first = parts[0]
+        return LedgerData(
+            depth=np.concatenate([part.depth for part in parts], axis=2),
+            called=np.concatenate([part.called for part in parts], axis=2),
+            macs=np.concatenate([part.macs for part in parts], axis=2),
+            reused=np.concatenate([part.reused for part in parts], axis=2),
+            full_macs=first.full_macs,
+            time=first.time,
+            log_snr=first.log_snr,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write as .npz, atomically."""
+        arrays = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
+
+    @classmethod
+    def load(cls, path: Path) -> LedgerData:
+        """Raises RunError where the file is no ledger."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise RunError(f"{path} is not a ledger ({error}); make it again with gearshift sample") from error
+
+
+class Ledger:
+    """Collects one chunk.
+
+    Args:
+        table: costs of the network.
+        full_macs: of one row through the plain network, by position of the call.
+        branches, batch: G and N.
+    """
+
+    def __init__(self, table: CostTable, full_macs: Sequence[int], branches: int, batch: int) -> None:
+        self.table, self.full_macs = table, full_macs
+        self.branches, self.batch = branches, batch
+        self._calls: list[Call] = []
+        self._rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def record(self, call: Call, prediction: Prediction) -> None:
+        """Enter one call. Everything needed is on the host already."""
+        total = self.branches * self.batch
+        macs = torch.zeros(total, dtype=torch.int64)
+        reused = torch.zeros(total, dtype=torch.int16)
+        for event in prediction.trace:
+            cost = self.table.of(event).macs
+            taken = event.kind == "block" and event.mode not in ("full", "bypass")
+            if event.rows.index is None:
+                macs += cost
+                reused += int(taken)
+            else:
+                macs[event.rows.index] += cost
+                reused[event.rows.index] += int(taken)
+        self._calls.append(call)
+        self._rows.append((prediction.depth, prediction.called, macs, reused))
+
+    def close(self) -> LedgerData:
+        """The arrays of the chunk."""
+        shape = (len(self._rows), self.branches, self.batch)
+        depth, called, macs, reused = (
+            torch.stack(list(column)).reshape(shape) for column in zip(*self._rows, strict=True)
+        )
+        return LedgerData(
+            depth=depth.to(torch.int16).numpy(),
+            called=called.numpy(),
+            macs=macs.numpy(),
+            reused=reused.numpy(),
+            full_macs=np.array([self.full_macs[call.position] for call in self._calls], dtype=np.int64),
+            time=np.array([call.time for call in self._calls], dtype=np.float64),
+            log_snr=np.array([call.log_snr for call in self._calls], dtype=np.float64),
+        )

@@ -1,0 +1,191 @@
+"""The sampling loop: it sees a denoiser, a solver and a policy, and nothing of any one method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gearshift.diffusion.denoiser import Denoiser, Held
+from gearshift.diffusion.solvers.base import Call, Solver
+from gearshift.execution.cost import CostTable
+from gearshift.execution.memory import Memory
+from gearshift.execution.outputs import PACK, Packing
+from gearshift.policies.base import Policy, RunInfo
+from gearshift.runtime import keys
+from gearshift.runtime.errors import UsageError
+from gearshift.sampling.ledger import Ledger, LedgerData
+
+LABELS = ("uniform", "balanced")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Everything that fixes the images of an index: weights, solver, policy, seed, labels, guidance.
+
+    Images depend on their index alone: at one chunk size bit for bit, between chunk sizes up to kernel rounding.
+
+    Attributes:
+        chunk: images per pass; recorded in every protocol.
+        guidance: w, 1 = off.
+        labels: "uniform" (keyed draw per image), "balanced" (index modulo classes), or one class for all.
+        dtype: of the network's products; x and the solver stay in fp32.
+        packing: real packing, or simulation.
+    """
+
+    denoiser: Denoiser
+    solver: Solver
+    policy: Policy
+    seed: int = 0
+    chunk: int = 256
+    guidance: float = 1.0
+    labels: str | int = "uniform"
+    dtype: torch.dtype = torch.float32
+    packing: Packing = PACK
+
+    def check(self) -> None:
+        """Raises UsageError where solver, policy, guidance or labels do not fit the network."""
+        network = self.denoiser.network
+        if self.chunk < 1:
+            raise UsageError(f"chunk={self.chunk} images per pass; it must be at least 1")
+        self.solver.check(self.denoiser.process)
+        self.policy.check(RunInfo(self.calls(), network, self.chunk, self.branches))
+        if self.branches == 2:
+            network.null_cond(1, self.device)
+        if network.cond_kind == "class":
+            known = network.num_classes or 0
+            if isinstance(self.labels, str) and self.labels not in LABELS:
+                raise UsageError(f"labels={self.labels!r} is neither one of {list(LABELS)} nor a class 0..{known - 1}")
+            if isinstance(self.labels, int) and not 0 <= self.labels < known:
+                raise UsageError(f"label {self.labels} is outside the classes 0..{known - 1} of {network.name}")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def branches(self) -> int:
+        return self.denoiser.num_branches(self.guidance)
+
+    def calls(self) -> tuple[Call, ...]:
+        return self.solver.calls(self.denoiser.process)
+
+    def cond(self, index: Tensor) -> Tensor | None:
+        """Conditioning of images `index` (int64 [B]): labels [B], or None."""
+        network = self.denoiser.network
+        if network.cond_kind == "none":
+            return None
+        if network.cond_kind != "class" or network.num_classes is None:
+            raise UsageError(f"{network.name} takes {network.cond_kind} conditioning; pass it as cond=")
+        if isinstance(self.labels, int):
+            return torch.full_like(index, self.labels)
+        if self.labels == "balanced":
+            return index % network.num_classes
+        return keys.integers(self.seed, "sample_label", index, 0, network.num_classes)
+
+    def chunks(self, start: int, stop: int) -> list[Tensor]:
+        """Chunks of one size that hold the image indices start..stop-1; the first and the last may reach beyond.
+
+        They start at multiples of the size, so an image has the same neighbours whatever range it is asked for in.
+        """
+        firsts = range(start - start % self.chunk, stop, self.chunk)
+        return [torch.arange(first, first + self.chunk, device=self.device) for first in firsts]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images [n, C, H, W] fp32 in [-1, 1] (not clipped), their indices, conditioning and ledger."""
+
+    index: Tensor
+    images: Tensor
+    cond: Tensor | None
+    ledger: LedgerData
+
+
+@torch.inference_mode()
+def sample_chunk(
+    sampler: Sampler,
+    index: Tensor,
+    table: CostTable,
+    *,
+    cond: Tensor | None = None,
+    on_call: Callable[[Call], None] | None = None,
+) -> Chunk:
+    """Images of `index` (int64 [B]); `cond` replaces the sampler's own labels."""
+    denoiser, solver, policy = sampler.denoiser, sampler.solver, sampler.policy
+    network = denoiser.network
+    cond = sampler.cond(index) if cond is None else cond
+    shape = (network.in_channels, network.image_size, network.image_size)
+    calls = sampler.calls()
+    run = RunInfo(calls, network, len(index), sampler.branches)
+    state = policy.begin(run)
+    plans = [policy.plan(state, call) for call in calls] if policy.static else None
+    reusable = policy.memory_keys(run)
+    memory = Memory(run.num_rows, reusable) if reusable else None
+    levels = torch.tensor([call.log_snr for call in calls], dtype=torch.float64)
+    full_macs = [table.full(network, path).macs for path in network.route(levels).tolist()]
+    ledger = Ledger(table, full_macs, run.branches, run.batch)
+    held: Held | None = None
+    solved = solver.begin(denoiser.process, keys.normal(sampler.seed, "init_noise", index, 0, shape))
+    for call in calls:
+        plan = policy.plan(state, call) if plans is None else plans[call.position]
+        if memory is not None:
+            memory.begin_call()
+        x = solver.network_input(solved, call)
+        with torch.autocast(x.device.type, sampler.dtype, enabled=sampler.dtype != torch.float32):
+            prediction = denoiser.predict(
+                x,
+                call.time,
+                cond,
+                plan=plan,
+                guidance=sampler.guidance,
+                memory=memory,
+                held=held,
+                packing=sampler.packing,
+            )
+        held = prediction.held
+        noise = None
+        if call.needs_noise:
+            noise = keys.normal(sampler.seed, "step_noise", index, call.position, shape)
+        fresh = prediction.called.reshape(run.branches, run.batch).all(0)
+        solved = solver.advance(
+            solved,
+            call,
+            prediction.eps,
+            variance=prediction.variance,
+            noise=noise,
+            fresh=True if bool(fresh.all()) else fresh.to(x.device),
+        )
+        if not policy.static:
+            state = policy.observe(state, call, x, solver.result(solved), prediction)
+        ledger.record(call, prediction)
+        if on_call is not None:
+            on_call(call)
+    return Chunk(index, solver.result(solved), cond, ledger.close())
+
+
+def sample(
+    sampler: Sampler,
+    num_images: int,
+    *,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    table: CostTable | None = None,
+    on_call: Callable[[Call], None] | None = None,
+) -> Iterator[Chunk]:
+    """Chunks of images start..start+num_images-1 that fall to this rank, trimmed to the range, in order.
+
+    The cut into chunks is the same for every number of ranks, so the images are too.
+    """
+    sampler.check()
+    table = CostTable.measure(sampler.denoiser.network) if table is None else table
+    stop = start + num_images
+    for index in sampler.chunks(start, stop)[rank::world_size]:
+        chunk = sample_chunk(sampler, index, table, on_call=on_call)
+        first = int(index[0])
+        kept = slice(max(start - first, 0), min(sampler.chunk, stop - first))
+        cond = None if chunk.cond is None else chunk.cond[kept]
+        yield Chunk(index[kept], chunk.images[kept], cond, chunk.ledger.take(kept))

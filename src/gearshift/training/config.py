@@ -1,0 +1,102 @@
+"""What a training is: the schema of the `trainer` group, and what of it does not change the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gearshift.runtime.errors import UsageError
+
+# Fields that say where and how a run is carried out, not what it computes; the hash of a run leaves them out.
+NOT_WEIGHTS = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "log_every",
+    "deterministic",
+)
+
+_CHOICES = {
+    "lr_schedule": ("constant", "cosine"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "accelerator": ("auto", "cpu", "cuda"),
+}
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Schema of the `trainer` group. The optimiser is AdamW; the defaults are those of U-ViT on CIFAR-10 (2209.12152).
+
+    Attributes:
+        seed: of the data order, times, noise and flips.
+        max_steps: optimiser steps.
+        batch_size: images per optimiser step, over all processes and accumulated micro-batches.
+        accumulate: micro-batches per optimiser step.
+        lr, betas, weight_decay: of AdamW; every parameter decays, as in the official code.
+        warmup_steps: the rate rises linearly from zero over this many steps.
+        lr_schedule: what follows: constant, or cosine (down to zero at max_steps).
+        clip_norm: largest norm of the gradient of all parameters together; None does not clip.
+        ema_decay: of the averaged weights; None keeps no average.
+        ema_warmup: the decay is min(ema_decay, (1 + n) / (10 + n)) at update n; off is the official U-ViT.
+        precision: fp32, or mixed precision in bf16 or fp16 (with loss scaling; CUDA only).
+        accelerator: auto (CUDA where there is one), cpu, cuda.
+        devices, num_nodes: processes per node, one per device, and nodes.
+        checkpoint_every_steps, checkpoint_every_minutes: when a checkpoint is due, besides at the end; None is never.
+        log_every: steps per line of metrics.csv; each line averages the steps since the one before.
+        deterministic: refuse operations whose result differs from run to run (CUDA has some; the CPU needs no switch).
+    """
+
+    seed: int = 0
+    max_steps: int = 500_000
+    batch_size: int = 128
+    accumulate: int = 1
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.99, 0.999)
+    weight_decay: float = 0.03
+    warmup_steps: int = 2500
+    lr_schedule: str = "constant"
+    clip_norm: float | None = None
+    ema_decay: float | None = 0.9999
+    ema_warmup: bool = False
+    precision: str = "fp32"
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_minutes: float | None = 10.0
+    log_every: int = 50
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"trainer.{name}={getattr(self, name)!r} is not one of {list(allowed)}")
+        for name in ("max_steps", "batch_size", "accumulate", "devices", "num_nodes", "log_every"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("seed", "lr", "weight_decay", "warmup_steps"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("clip_norm", "checkpoint_every_steps", "checkpoint_every_minutes"):
+            value = getattr(self, name)
+            self._check(name, value is None or value > 0, "above 0, or null")
+        self._check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1), or null")
+        self._check("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        processes = self.devices * self.num_nodes
+        if self.batch_size % (self.accumulate * processes):
+            raise UsageError(
+                f"trainer.batch_size={self.batch_size} cannot be split into accumulate={self.accumulate} micro-batches "
+                f"over {processes} processes; make it a multiple of {self.accumulate * processes}"
+            )
+
+    def _check(self, name: str, sound: bool, wanted: str) -> None:
+        if not sound:
+            raise UsageError(f"trainer.{name}={getattr(self, name)} must be {wanted}")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images per micro-batch over all processes."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def processes(self) -> int:
+        return self.devices * self.num_nodes

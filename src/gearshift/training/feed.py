@@ -1,0 +1,138 @@
+"""From the number of a micro-batch to images on the device: order, slices of the processes, flips.
+
+Sample j of micro-batch m is number g = m * M + j of an endless sequence in which every stretch of N is a permutation
+of the data set keyed by (seed, epoch). Nothing is remembered between micro-batches: any can be made at any time.
+
+The uint8 images move to the device once where they fit. Where they do not, the next micro-batches are gathered ahead by
+a thread into pinned memory.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gearshift.data.dataset import ImageDataset
+from gearshift.objectives.base import Batch
+from gearshift.runtime import keys
+
+_AHEAD = 3
+# The rest of the device's memory is for weights, optimiser and activations, which are not there yet.
+_SHARE_OF_FREE = 0.25
+
+
+class Order:
+    """Which images a micro-batch consists of.
+
+    Args:
+        seed: keys the permutation of each epoch.
+        count: N, images of the data set.
+        size: M, images of a micro-batch over all processes.
+        device: where the indices are wanted.
+    """
+
+    def __init__(self, seed: int, count: int, size: int, device: torch.device | str = "cpu") -> None:
+        self.seed, self.count, self.size, self.device = seed, count, size, device
+        self._epochs: dict[int, Tensor] = {}
+
+    def indices(self, micro_batch: int, start: int, stop: int) -> Tensor:
+        """Indices of samples start..stop-1 of a micro-batch: int64 [stop - start]."""
+        first, last = micro_batch * self.size + start, micro_batch * self.size + stop
+        epochs = range(first // self.count, (last - 1) // self.count + 1)
+        pieces = [
+            self._epoch(e)[max(first - e * self.count, 0) : min(last - e * self.count, self.count)] for e in epochs
+        ]
+        # The permutations before the last one are not needed again.
+        self._epochs = {e: p for e, p in self._epochs.items() if e >= epochs[-1]}
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self._epochs:
+            self._epochs[epoch] = keys.permutation(self.seed, "order", epoch, self.count).to(self.device)
+        return self._epochs[epoch]
+
+
+class Feed:
+    """Makes the slice of this process of any micro-batch.
+
+    Args:
+        dataset: the train split.
+        seed: of order and flips.
+        size: images of a micro-batch over all processes.
+        start, stop: the slice of this process.
+        device: where the batch is wanted.
+        flip: mirror each image with probability one half.
+        labelled: hand the labels out as the condition.
+        resident: keep the whole data set on the device; None decides by its size.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        seed: int,
+        size: int,
+        start: int,
+        stop: int,
+        device: torch.device,
+        flip: bool = False,
+        labelled: bool = False,
+        resident: bool | None = None,
+    ) -> None:
+        self.seed, self.start, self.stop, self.device = seed, start, stop, device
+        self.flip, self.labelled = flip, labelled
+        self.resident = _fits(dataset, device) if resident is None else resident
+        self._dataset = dataset.to(device) if self.resident else dataset
+        self._order = Order(seed, len(dataset), size, device if self.resident else "cpu")
+        self._slot = torch.arange(start, stop, device=device)
+        self._all = torch.arange(stop - start, device=device)
+        self._worker = None if self.resident else ThreadPoolExecutor(1, thread_name_prefix="gearshift-feed")
+        self._coming: dict[int, Future[ImageDataset]] = {}
+
+    def batch(self, micro_batch: int) -> Batch:
+        """This process's slice of a micro-batch, images float32 [stop - start, C, H, W] in [-1, 1]."""
+        flip = None
+        if self.flip:
+            flip = keys.uniform(self.seed, "flip", self._slot, micro_batch) < 0.5
+        if self._worker is None:
+            index = self._order.indices(micro_batch, self.start, self.stop)
+            images, labels = self._dataset.gather(index, flip)
+        else:
+            images, labels = self._next(micro_batch, self._worker).gather(self._all, flip)
+        return Batch(images, labels if self.labelled else None, self._slot, micro_batch)
+
+    def close(self) -> None:
+        """Lets go of the thread and of what it has gathered."""
+        if self._worker is not None:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+            self._coming.clear()
+
+    def _next(self, micro_batch: int, worker: ThreadPoolExecutor) -> ImageDataset:
+        for wanted in range(micro_batch, micro_batch + _AHEAD + 1):
+            if wanted not in self._coming:
+                self._coming[wanted] = worker.submit(self._gather, wanted)
+        gathered = self._coming.pop(micro_batch).result()
+        labels = gathered.labels
+        return replace(
+            gathered,
+            images_u8=gathered.images_u8.to(self.device, non_blocking=True),
+            labels=None if labels is None else labels.to(self.device, non_blocking=True),
+        )
+
+    def _gather(self, micro_batch: int) -> ImageDataset:
+        index = self._order.indices(micro_batch, self.start, self.stop)
+        images, labels = self._dataset.images_u8[index], self._dataset.labels
+        labels = None if labels is None else labels[index]
+        if self.device.type == "cuda":
+            images, labels = images.pin_memory(), None if labels is None else labels.pin_memory()
+        return replace(self._dataset, images_u8=images, labels=labels)
+
+
+def _fits(dataset: ImageDataset, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return dataset.images_u8.nbytes <= _SHARE_OF_FREE * free

@@ -1,0 +1,121 @@
+"""The verbs of the command line, one module each: `run(cfg) -> answer`, the JSON of its last line."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+# verb: (module, one line, examples)
+VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    "train": (
+        "train",
+        "compose a run, train it, write checkpoints; the same command again resumes",
+        (
+            "gearshift train experiment=digits",
+            "gearshift train experiment=cifar10_tiny data.path=DIR trainer.max_steps=2000",
+            "gearshift train experiment=digits --dry-run",
+            "gearshift train -m experiment=digits seed=1,2",
+            "gearshift train experiment=deediff/cifar10 trainer=gpu trainer.devices=4",
+            "gearshift train experiment=digits +debug=tiny",
+        ),
+    ),
+    "sample": (
+        "sample",
+        "images from a run under a policy and a solver",
+        (
+            "gearshift sample run=runs/digits/HASH",
+            "gearshift sample run=RUN policy=uncertainty_exit policy.threshold=0.1 solver=dpmpp_2m solver.steps=20",
+            "gearshift sample run=RUN guidance=1.5 labels=7 num_images=64 seed=3",
+        ),
+    ),
+    "evaluate": (
+        "evaluate",
+        "several policies x solvers of one run, side by side, with a report",
+        (
+            "gearshift evaluate run=RUN evaluation=demo",
+            "gearshift evaluate run=RUN evaluation.num_images=2000 evaluation.guidance=2",
+            "gearshift evaluate run=RUN '+evaluation.policies.mine={_target_: gearshift.policies.FixedDepth, depth: 3}'",
+        ),
+    ),
+    "profile": (
+        "profile",
+        "parameters and cost of a backbone, its exits and a policy",
+        (
+            "gearshift profile backbone=uvit_cifar10",
+            "gearshift profile backbone=uvit_cifar10 exits=adadiff policy=fixed_depth policy.depth=7",
+            "gearshift profile run=RUN",
+        ),
+    ),
+    "bench": (
+        "bench",
+        "speed under stated conditions: interleaved, paired, one process",
+        (
+            "gearshift bench",
+            "gearshift bench backbone=uvit_cifar10 batch=64 repeats=10",
+            "gearshift bench run=RUN policy=uncertainty_exit policy.threshold=0.1",
+        ),
+    ),
+    "import": (
+        "import_weights",
+        "official weights to a run folder",
+        ("gearshift import weights=cifar10_uvit_small.pth backbone=uvit_cifar10 process=vp_sde name=uvit_cifar10",),
+    ),
+    "export": (
+        "export_weights",
+        "a run to one safetensors file with the configuration inside",
+        ("gearshift export run=RUN out=model.safetensors", "gearshift export run=RUN ema=false out=raw.safetensors"),
+    ),
+    "list": (
+        "listing",
+        "what can be named: experiments, backbones, policies, solvers, metrics",
+        ("gearshift list", "gearshift list group=policy"),
+    ),
+}
+
+
+def load(verb: str) -> Callable[[DictConfig], dict[str, Any] | None]:
+    """The `run` function of a verb."""
+    module = importlib.import_module(f"gearshift.verbs.{VERBS[verb][0]}")
+    run: Callable[[DictConfig], dict[str, Any] | None] = module.run
+    return run
+
+
+def overview() -> str:
+    """Help of the program."""
+    width = max(map(len, VERBS))
+    lines = ["gearshift VERB [overrides]", ""]
+    lines += [f"  {verb:<{width}}  {line}" for verb, (_, line, _) in VERBS.items()]
+    lines += ["", "gearshift VERB --help shows examples and settings; overrides are Hydra's (key=value, group=option, -m)."]
+    return "\n".join(lines)
+
+
+def help_text(verb: str) -> str:
+    """Help of a verb: what it does, examples, groups with their options, and settings."""
+    from omegaconf import OmegaConf
+
+    from gearshift.runtime.paths import conf_dir
+
+    _, line, examples = VERBS[verb]
+    root = conf_dir()
+    cfg = OmegaConf.load(root / f"{verb}.yaml")
+    groups = []
+    for entry in cfg.get("defaults", []):
+        if not isinstance(entry, str):
+            groups += [str(key).removeprefix("optional ") for key in entry if "hydra" not in str(key)]
+    out = [f"gearshift {verb}: {line}", "", "examples:", *(f"  {example}" for example in examples)]
+    for group in groups:
+        folder = root / group
+        names = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+        out += ["", f"{group}=", f"  {', '.join(names)}"]
+    settings = {key: value for key, value in cfg.items() if key not in ("defaults", "hydra")}
+    if settings:
+        out += ["", "settings and their defaults:"]
+        text = OmegaConf.to_yaml(OmegaConf.create(settings), resolve=False)
+        out += [f"  {item}" for item in text.rstrip().splitlines()]
+    out += ["", "--cfg job prints the composed configuration; -m launches a sweep; GEARSHIFT_DEBUG=1 shows tracebacks"]
+    if verb == "train":
+        out.append("--dry-run prints configuration, parameters, MACs and the run folder, and stops")
+    return "\n".join(out)

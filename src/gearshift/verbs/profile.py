@@ -1,0 +1,139 @@
+"""`gearshift profile`: parameters and MACs of a network, per exit, per part, and under a policy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from gearshift.assembly import build_denoiser, build_policy, build_solver
+from gearshift.backbones.base import Backbone
+from gearshift.diffusion.denoiser import Denoiser
+from gearshift.execution.cost import Cost, CostTable
+from gearshift.execution.executor import Event
+from gearshift.execution.stream import Rows
+from gearshift.policies.base import Policy, RunInfo
+from gearshift.runtime.run import RunFolder
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    source = cfg if cfg.run is None else RunFolder.open(cfg.run).config
+    with torch.device("meta"):
+        denoiser = build_denoiser(source)
+    network = denoiser.network
+    table = CostTable.measure(network)
+    full = table.full(network)
+    answer: dict[str, Any] = {
+        "backbone": network.name,
+        "params": sum(p.numel() for p in network.parameters()),
+        "params_active": sum(p.numel() for p in _active(network)),
+        "params_stored": _stored(network),
+        "gmacs": full.macs / 1e9,
+        "gmacs_conv_linear": full.linear / 1e9,
+        "gflops": full.flops / 1e9,
+        "exits": _exits(network, table, full),
+        "parts": _parts(network, table),
+    }
+    answer["policy"] = _under(denoiser, build_policy(cfg.policy), build_solver(cfg.solver), table, cfg.guidance)
+    _show(answer)
+    return answer
+
+
+def _active(network: Backbone) -> list[torch.nn.Parameter]:
+    """Parameters that the plain full-depth prediction uses: no uncertainty heads, no heads of earlier exits."""
+    idle = [m for name in ("uncertainty_heads", "exit_heads") if (m := getattr(network, name, None)) is not None]
+    unused = {id(p) for module in idle for p in module.parameters()}
+    return [p for p in network.parameters() if id(p) not in unused]
+
+
+def _stored(network: Backbone) -> int:
+    """Numbers in a checkpoint: parameters and persistent buffers."""
+    return sum(value.numel() for value in network.state_dict().values())
+
+
+def _exits(network: Backbone, table: CostTable, full: Cost) -> list[dict[str, Any]]:
+    rows = []
+    for path, blocks in enumerate(network.paths):
+        for depth in network.exits(path):
+            cost = table.path_cost(path, depth, blocks=blocks)
+            head = table.entries["readout", path, depth, "full"]
+            uncertainty = table.entries.get(("uncertainty", path, depth, "full"), Cost())
+            rows.append(
+                {
+                    "path": path,
+                    "depth": depth,
+                    "gmacs": cost.macs / 1e9,
+                    "gmacs_conv_linear": cost.linear / 1e9,
+                    "fraction": cost.macs / full.macs,
+                    "head_macs": head.macs,
+                    "uncertainty_macs": uncertainty.macs,
+                }
+            )
+    return rows
+
+
+def _parts(network: Backbone, table: CostTable) -> list[dict[str, Any]]:
+    """What each block costs in full, and what is left of it in every other mode."""
+    rows = []
+    for path, blocks in enumerate(network.paths):
+        for block in blocks:
+            modes = {
+                mode: cost.macs
+                for (kind, p, index, mode), cost in table.entries.items()
+                if (kind, p, index) == ("block", path, block)
+            }
+            rows.append({"path": path, "block": block, **modes})
+    return rows
+
+
+def _under(denoiser: Denoiser, policy: Policy, solver: Any, table: CostTable, guidance: float) -> dict[str, Any]:
+    """MACs of one image under a static policy; a policy that looks at data has no cost before it runs."""
+    calls = solver.calls(denoiser.process)
+    branches = denoiser.num_branches(guidance)
+    network = denoiser.network
+    info = RunInfo(calls, network, 1, branches)
+    policy.check(info)
+    full = table.full(network).macs * len(calls) * branches
+    answer = {"name": policy.name, "solver": solver.name, "calls": len(calls) * branches, "full_gmacs_per_image": full / 1e9}
+    if not policy.static:
+        return {**answer, "gmacs_per_image": None, "why": "depends on data: sample or evaluate a run"}
+    state = policy.begin(info)
+    macs = called = 0
+    for call in calls:
+        plan = policy.plan(state, call)
+        if plan.call is not True:
+            continue
+        called += branches
+        path = int(network.route(torch.tensor([call.log_snr], dtype=torch.float64))[0])
+        blocks = network.paths[path]
+        depth = len(blocks) if plan.depth is None else min(int(plan.depth), len(blocks))
+        cost = table.of(Event("embed", path, 0, "full", Rows(1))).macs
+        cost += table.of(Event("readout", path, depth, "full", Rows(1))).macs
+        for block in blocks[:depth]:
+            mode = "bypass" if block in plan.bypass else (plan.reused_part(block) or "full")
+            cost += table.of(Event("block", path, block, mode, Rows(1))).macs
+        macs += branches * cost
+    return {**answer, "calls": called, "gmacs_per_image": macs / 1e9, "macs_saved": 1 - macs / full}
+
+
+def _show(answer: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    console.print(
+        f"{answer['backbone']}: {answer['params']:,} parameters, {answer['gmacs']:.4g} GMACs "
+        f"({answer['gmacs_conv_linear']:.4g} without attention products)"
+    )
+    table = Table("exit depth", "GMACs", "of full", "head MACs", "uncertainty MACs")
+    for row in answer["exits"]:
+        table.add_row(
+            str(row["depth"]),
+            f"{row['gmacs']:.4g}",
+            f"{row['fraction']:.1%}",
+            f"{row['head_macs']:,}",
+            f"{row['uncertainty_macs']:,}",
+        )
+    console.print(table)
