@@ -51,7 +51,6 @@ CASES = [
     Case("isotropic", Isotropic),
     Case("long-skips", LongSkips),
     Case("two-decoders", TwoDecoders),
-    Case("uvit", _uvit),
     Case("uvit-class", lambda: _uvit(num_classes=3, null_class=True)),
     Case("uvit-text", lambda: _uvit(context_dim=5, context_tokens=3, mlp_time_embed=True)),
     Case("exits-isotropic", lambda: _with_exits(Isotropic(), head="per_exit")),

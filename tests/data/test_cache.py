@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+
 from gearshift.data.cache import Encoded, cache_root, decode_once
 from gearshift.runtime.errors import RunError
 

@@ -5,9 +5,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+
 from gearshift.data.cifar10 import CLASSES, Cifar10, Cifar10Config
 from gearshift.runtime.errors import RunError, UsageError
-from PIL import Image
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "cifar10-jpeg"
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from gearshift.data.digits import Digits, DigitsConfig, test_indices
+
+from gearshift.data.digits import Digits, DigitsConfig, held_out_indices
 from gearshift.data.pixels import to_pm1
 from gearshift.runtime.errors import UsageError
 
@@ -31,7 +32,7 @@ def test_splits_share_no_position_and_cover_everything(splits):
     from sklearn.datasets import load_digits
 
     labels = load_digits().target
-    chosen = test_indices(labels, 297)
+    chosen = held_out_indices(labels, 297)
     assert len(set(chosen.tolist())) == 297
     joined = torch.cat([split.images_u8 for split in splits]).flatten(1).sum(dim=1)
     whole = np.floor(load_digits().images * 255 / 16 + 0.5).reshape(1797, -1).sum(axis=1)
@@ -40,7 +41,7 @@ def test_splits_share_no_position_and_cover_everything(splits):
 
 def test_shares_follow_the_largest_remainders():
     labels = np.array([0] * 5 + [1] * 3 + [2] * 2)
-    chosen = labels[test_indices(labels, 4)]
+    chosen = labels[held_out_indices(labels, 4)]
     # Exact shares 2.0, 1.2, 0.8: the last class has the largest remainder.
     assert np.bincount(chosen).tolist() == [2, 1, 1]
 

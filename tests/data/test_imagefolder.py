@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from PIL import Image
+
 from gearshift.data.imagefolder import ImageFolder, ImageFolderConfig, read_image
 from gearshift.runtime.errors import RunError, UsageError
-from PIL import Image
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gearshift.data.pixels import to_pm1, to_u8
 
 LEVELS = torch.arange(256, dtype=torch.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +52,7 @@ def test_deeper_costs_more(subject: Subject) -> None:
     costs = [macs_per_row(subject.table(), subject.run(subject.plan(depth=d)).trace, 6) for d in subject.exits]
     for depth, cost in zip(subject.exits, costs, strict=True):
         assert cost.tolist() == [by_hand(subject, depth)] * 6
-    for less, more in zip(costs, costs[1:], strict=False):
+    for less, more in pairwise(costs):
         assert bool((less < more).all())
 
 
@@ -64,7 +66,7 @@ def test_each_row_pays_for_what_it_ran(subject: Subject) -> None:
 
 
 def test_rows_that_are_carried_are_charged(subject: Subject) -> None:
-    """Below `min_fraction` rows that have left run on, and the trace says so; their own readout stays where they left."""
+    """Below `min_fraction` rows that have left run on, and the trace says so; they are read out where they left."""
     first, last = subject.exits[0], subject.exits[-1]
     if first == last:
         pytest.skip("one exit")

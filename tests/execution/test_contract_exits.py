@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def test_outputs_are_worth_comparing(subject: Subject) -> None:
     """Rows, exits and inputs give different and moderate numbers; otherwise the suite would prove nothing."""
     outputs = [plain_loop(subject, depth) for depth in subject.exits]
     assert all(0.05 < output.std() < 50 for output in outputs)
-    for a, b in zip(outputs, outputs[1:], strict=False):
+    for a, b in pairwise(outputs):
         assert (a - b).abs().mean() > 1e-2
     assert (outputs[-1][0] - outputs[-1][1]).abs().mean() > 1e-2
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,8 @@ class UncertaintyHead(nn.Module):
     def forward(self, tokens: Tensor, time: Tensor | None) -> Tensor:
         """[n, N, D] to [n, N, out_features]; the time part is one product per row, not per token."""
         tokens = tokens.to(self.linear.weight.dtype)
-        with torch.autocast(tokens.device.type, enabled=False):
+        kind = tokens.device.type
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # no autocast exists on meta
             if time is None:
                 return torch.sigmoid(self.linear(tokens))
             width = tokens.shape[-1]

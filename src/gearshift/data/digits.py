@@ -45,7 +45,7 @@ class Digits:
         bunch = load_digits()
         images = np.floor(np.asarray(bunch.images) * (255.0 / 16.0) + 0.5).astype(np.uint8)[:, None]
         labels = np.asarray(bunch.target).astype(np.int64)
-        chosen = np.isin(np.arange(len(labels)), test_indices(labels, TEST_IMAGES))
+        chosen = np.isin(np.arange(len(labels)), held_out_indices(labels, TEST_IMAGES))
         chosen = chosen if split == "test" else ~chosen
         images, labels = np.ascontiguousarray(images[chosen]), labels[chosen]
         return ImageDataset(
@@ -60,7 +60,7 @@ class Digits:
         )
 
 
-def test_indices(labels: np.ndarray, count: int) -> np.ndarray:
+def held_out_indices(labels: np.ndarray, count: int) -> np.ndarray:
     """Positions of `count` test images: per class its share by largest remainder, evenly spaced through the class."""
     classes, sizes = np.unique(labels, return_counts=True)
     exact = sizes * (count / len(labels))

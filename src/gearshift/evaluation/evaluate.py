@@ -56,7 +56,8 @@ class EvaluationConfig:
         timing_images: images per timed pass; 0 leaves times out.
         timing_rounds: interleaved rounds.
         equal_macs: add full compute with fewer steps at the MACs of the best exit row of each solver.
-        tolerance: points of label agreement an exit row may lose and still count as best (without labels: PSNR decides).
+        tolerance: points of label agreement an exit row may lose and still count as best (without labels: PSNR
+        decides).
     """
 
     name: str = "default"
@@ -140,9 +141,7 @@ class Evaluator:
     def sampler(self, policy: Any, solver: Any) -> Sampler:
         s = self.settings
         labels: str | int = int(s.labels) if s.labels.isdigit() else s.labels
-        return self._make_sampler(
-            policy, solver, seed=s.seed, guidance=s.guidance, labels=labels, chunk=s.chunk
-        )
+        return self._make_sampler(policy, solver, seed=s.seed, guidance=s.guidance, labels=labels, chunk=s.chunk)
 
     def planned(self) -> list[tuple[str, str, Sampler]]:
         """(row name, solver name, sampler) of every configured row; full compute of each solver first.
@@ -344,9 +343,7 @@ class Evaluator:
     def pictures(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """By row: images uint8 [n, C, H, W] to show, and blocks run [calls, branches * samples]."""
         images = {name: row.images[:SHOWN_IMAGES].numpy() for name, row in self.rows.items()}
-        depths = {
-            name: row.ledger.depth.reshape(len(row.ledger.depth), -1) for name, row in self.rows.items()
-        }
+        depths = {name: row.ledger.depth.reshape(len(row.ledger.depth), -1) for name, row in self.rows.items()}
         return images, depths
 
 

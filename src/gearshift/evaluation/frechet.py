@@ -90,7 +90,8 @@ class Accumulator:
     def load(cls, path: str | Path, protocol: str | None = None) -> Accumulator:
         """Read what `save` wrote. Raises RunError when the file is broken or was made under another protocol."""
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            # Opened here, because NumPy leaves a broken file open.
+            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as stored:
                 meta = json.loads(stored["meta"].tobytes())
                 found = cls(len(stored["sum"]))
                 found.count = int(meta["count"])

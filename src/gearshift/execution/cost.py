@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gearshift.execution.memory import NO_SLOT, Slot
@@ -131,14 +133,32 @@ def _meta_twin(backbone: Network) -> Network:
     return copy.deepcopy(backbone, memo)
 
 
+class _Projections(TorchFunctionMode):
+    """Adds up the batched products that are linear layers: torch runs one so where its input is not contiguous."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.counter = counter
+        self.flops = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        before = _batched(self.counter)
+        result = func(*args, **(kwargs or {}))
+        self.flops += _batched(self.counter) - before
+        return result
+
+
+def _batched(counter: FlopCounterMode) -> int:
+    counts = counter.get_flop_counts().get("Global", {})
+    return sum(flops for op, flops in counts.items() if "attention" in str(op) or "bmm" in str(op))
+
+
 def _count(call: Callable[..., Any], *arguments: Any) -> tuple[Any, Cost]:
     counter = FlopCounterMode(display=False)
-    with counter:
+    projections = _Projections(counter)
+    with counter, projections:
         result = call(*arguments)
-    linear = attention = 0
-    for op, flops in counter.get_flop_counts().get("Global", {}).items():
-        if "attention" in str(op) or "bmm" in str(op):
-            attention += flops // 2
-        else:
-            linear += flops // 2
-    return result, Cost(linear, attention)
+    attention = (_batched(counter) - projections.flops) // 2
+    return result, Cost(counter.get_total_flops() // 2 - attention, attention)

@@ -5,7 +5,7 @@
 
 A file is what Lightning saves (raw weights, optimiser, loop counters, loss scale) and under "gearshift" what it does
 not: the format, the configuration as text, the averaged weights, and the meters. It holds tensors and plain values
-only, so it loads with `weights_only=True`. torch does not look at the check sums of its own files, so they are checked here.
+only, so it loads with `weights_only=True`. torch does not look at the check sums in its own files; `read` does.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class DPMpp2M(Solver):
                 "x": _choose(fresh, x, old["x"]),
                 "level": _choose(fresh, level, old["level"]),
                 "before": _choose(fresh, old["x0"], old["before"]),
-                "before_level": _choose(True, old["level"], old["before_level"]),
+                "before_level": _choose(fresh, old["level"], old["before_level"]),
             }
         base, base_level = history["x"], history["level"]
         base_alpha, base_sigma = _amplitudes(base_level)
