@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from gearshift.assembly import build_denoiser, build_policy, build_solver, device_of, dtype_of
+from gearshift.backbones.weights import load_strict
 from gearshift.data.pixels import to_u8
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.solvers.base import Solver
@@ -94,6 +95,6 @@ def load(run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto")
     folder = RunFolder.open(run)
     cfg = folder.config
     denoiser = build_denoiser(cfg)
-    load_weights(folder, denoiser, ema=ema)
+    load_strict(denoiser.network, load_weights(folder, ema=ema), folder.checkpoints)
     denoiser.eval().requires_grad_(False)
     return LoadedRun(folder, cfg, denoiser.to(device_of(device)))

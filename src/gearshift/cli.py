@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -128,11 +129,39 @@ def _in_user_words(error: BaseException) -> BaseException:
 
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = "; ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
-    usage = UsageError(text or type(error).__name__)
+    text = str(error).split("Config search path")[0]  # where Hydra looked helps nobody
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    message = " ".join(kept) or type(error).__name__
+    match = re.search(r"Could not override '([^']+)'", message)
+    if match:
+        message = f"there is no setting {match[1]!r}{_near(match[1])}"
+    usage = UsageError(message)
     usage.__cause__ = error
     return usage
+
+
+def _near(key: str) -> str:
+    """What stands where a mistyped override points to."""
+    import difflib
+
+    from hydra import compose, initialize_config_dir
+
+    verb = sys.argv[0].removeprefix("gearshift ")
+    groups = [a for a in sys.argv[1:] if "=" in a and not a.startswith(("-", "+", "~")) and "." not in a.split("=")[0]]
+    groups = [a for a in groups if (conf_dir() / a.split("=")[0]).is_dir()]
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            node: Any = compose(verb, overrides=groups)
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node[parent]
+        known = [str(name) for name in node if name != "_target_"]
+    except Exception:  # the hint is a courtesy; the message stands without it
+        return ""
+    close = difflib.get_close_matches(last, known, 1)
+    prefix = ".".join([*parents, ""]) if parents else ""
+    return f"; did you mean {prefix}{close[0]!r}?" if close else f"; there are {', '.join(prefix + name for name in known)}"
 
 
 def _report(error: BaseException) -> int:

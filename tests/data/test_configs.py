@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
 from gearshift.data.digits import Digits
 from gearshift.runtime.config import build
 from gearshift.runtime.errors import UsageError
-from omegaconf import OmegaConf
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "data"
 

@@ -1,7 +1,7 @@
 """A network and a data set small enough to train in a moment, and a program that trains them.
 
-    python toy.py train FOLDER JSON             fields of TrainerConfig; exit codes as the command line's
-    python toy.py kill FOLDER JSON ROUNDS SEED  the same, killed with SIGKILL at random moments again and again
+python toy.py train FOLDER JSON             fields of TrainerConfig; exit codes as the command line's
+python toy.py kill FOLDER JSON ROUNDS SEED  the same, killed with SIGKILL at random moments again and again
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ToyBlock(nn.Module):
 
 
 class ToyBackbone(Backbone):
-    """Two blocks over all pixels at once. `spare` is a layer that no loss reaches, as heads are under another objective."""
+    """Two blocks over all pixels at once. `spare` is a layer that no loss reaches, like a head of another objective."""
 
     def __init__(self, spare: bool = False) -> None:
         super().__init__()
@@ -149,7 +149,9 @@ def main(verb: str, folder: str, fields: str, *rest: str) -> int:
         _kill(Path(folder), config, int(rest[0]), int(rest[1]))
         return 0
     try:
-        answer = toy_train(folder, config, denoiser=toy_denoiser(spare="spare" in rest))
+        objective = Simple(SimpleConfig(label_dropout=0.2))
+        objective.may_leave_unused = "spare" in rest
+        answer = toy_train(folder, config, denoiser=toy_denoiser(spare="spare" in rest), objective=objective)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

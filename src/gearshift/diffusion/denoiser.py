@@ -126,6 +126,7 @@ class Denoiser(nn.Module):
         guidance: float = 1.0,
         memory: Memory | None = None,
         held: Held | None = None,
+        level: tuple[float, float] | None = None,
         packing: Packing = PACK,
     ) -> Prediction:
         """One call of a sampler.
@@ -136,6 +137,8 @@ class Denoiser(nn.Module):
             cond: labels [B], text [B, L, D], or None.
             plan: per-row tensors have R = branches * B entries, branch-major.
             guidance: w.
+            level: alpha and sigma of x where the solver knows them better than `time` does (grids between table
+                entries); None takes those of `time`.
             held: the last prediction; rows without a valid one are evaluated even where the plan skips them.
         """
         batch, branches = len(x), self.num_branches(guidance)
@@ -167,7 +170,7 @@ class Denoiser(nn.Module):
         if branches == 2:
             conditional, unconditional = now.eps.chunk(2)
             eps = torch.lerp(unconditional, conditional, guidance)
-        alpha, sigma = float(self.process.alpha(time)), float(self.process.sigma(time))
+        alpha, sigma = level or (float(self.process.alpha(time)), float(self.process.sigma(time)))
         variance = None if now.variance is None else now.variance[:batch]
         return Prediction(
             eps=eps,

@@ -56,6 +56,12 @@ def weights_hash(cfg: config.Node, irrelevant: Collection[str]) -> str:
     default of its schema, and keys without a value (null) elsewhere. So a new option orphans no old run as long as its
     default means what was done before. Values are compared as the schema reads them: 1, 1.0 and "1" are one float.
     """
+    text = json.dumps(weights_settings(cfg, irrelevant), sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def weights_settings(cfg: config.Node, irrelevant: Collection[str]) -> Any:
+    """What `weights_hash` hashes, as plain values."""
     tree = copy.deepcopy(config.plain(cfg))
     for path in irrelevant:
         *parents, last = path.split(".")
@@ -64,8 +70,7 @@ def weights_hash(cfg: config.Node, irrelevant: Collection[str]) -> str:
             node = node.get(key) if isinstance(node, dict) else None
         if isinstance(node, dict):
             node.pop(last, None)
-    text = json.dumps(_essential(tree, ""), sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return _essential(tree, "")
 
 
 def _essential(tree: Any, path: str) -> Any:

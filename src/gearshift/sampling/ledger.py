@@ -98,7 +98,7 @@ class LedgerData:
     def load(cls, path: Path) -> LedgerData:
         """Raises RunError where the file is no ledger."""
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
                 return cls(**{name: data[name] for name in cls.__dataclass_fields__})
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise RunError(f"{path} is not a ledger ({error}); make it again with gearshift sample") from error

@@ -143,6 +143,7 @@ def sample_chunk(
                 guidance=sampler.guidance,
                 memory=memory,
                 held=held,
+                level=(call.alpha, call.sigma),
                 packing=sampler.packing,
             )
         held = prediction.held

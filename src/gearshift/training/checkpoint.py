@@ -185,7 +185,7 @@ def _leaves(text: str) -> dict[str, str]:
         if isinstance(node, dict) and node:
             for key, value in node.items():
                 walk(value, f"{path}.{key}" if path else str(key))
-        else:
+        elif path:
             leaves[path] = json.dumps(node, default=str)
 
     walk(tree, "")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from gearshift.runtime.errors import RunError
 from gearshift.runtime.files import atomic_write
@@ -27,7 +27,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
         self._columns, kept = read(path)
         kept = [row for row in kept if int(row["step"]) <= step]
         self.last: dict[str, str] = kept[-1] if kept else {}
@@ -43,9 +43,8 @@ class MetricsFile:
         self.last = {name: _text(row.get(name)) for name in self._columns}
         try:
             if self._file is None:
-                self._file = self.path.open("a", encoding="utf-8", newline="")
-            csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(self.last)
-            self._file.flush()
+                self._file = self.path.open("ab", buffering=0)
+            self._file.write(_line(self.last.values()))
         except OSError as error:
             raise self._refused(error) from error
 
@@ -65,12 +64,9 @@ class MetricsFile:
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         self.close()
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n", restval="")
-        if self._columns:
-            writer.writeheader()
-        writer.writerows(rows)
-        atomic_write(self.path, text.getvalue())
+        lines = [self._columns] if self._columns else []
+        lines += [[row.get(name, "") for name in self._columns] for row in rows]
+        atomic_write(self.path, b"".join(map(_line, lines)))
 
     def _refused(self, error: OSError) -> RunError:
         return RunError(
@@ -102,6 +98,12 @@ def read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
             "(first column step, a number in each line); move it away and run the same command again"
         )
     return columns, [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+
+
+def _line(values: Iterable[str]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue().encode()
 
 
 def _text(value: float | int | None) -> str:

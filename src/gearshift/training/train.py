@@ -258,6 +258,8 @@ def _global_state(config: TrainerConfig) -> Iterator[None]:
     with warnings.catch_warnings():
         # True for every network without parts that a step may leave out; an objective cannot know.
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        # Lightning speaking to a newer torch in an older way.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         try:
             yield
         finally:

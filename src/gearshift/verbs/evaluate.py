@@ -56,6 +56,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(cfg.out) if cfg.out is not None else loaded.folder.path / "evaluations" / name
     images, depths = evaluator.pictures()
     report = write_report(folder, results, images, depths)
+    (folder / "ledgers").mkdir(exist_ok=True)
     for title, row in evaluator.rows.items():
         slug = "".join(c if c.isalnum() else "-" for c in title)
         row.ledger.save(folder / "ledgers" / f"{slug}.npz")

@@ -1,0 +1,76 @@
+"""Two processes on the CPU (gloo) against one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+Program = Callable[..., "subprocess.Popen[str]"]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return err
+
+
+def state(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return found
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    with (folder / "metrics.csv").open() as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("unused", [(), ("spare",)])
+def test_two_processes_are_one(program: Program, tmp_path: Path, unused: tuple[str, ...]) -> None:
+    """The same global batch, accumulated; with a layer that gets no gradient, too."""
+    fields = {"max_steps": 12, "lr": 1e-3, "log_every": 5}
+    finish(program("train", str(tmp_path / "one"), json.dumps(fields), *unused))
+    both = json.dumps(fields | {"devices": 2})
+    err = finish(program("train", str(tmp_path / "two"), both, *unused, launcher=TWO))
+    assert err.count("train: 0/12 steps") == 1  # only the main process speaks
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=1e-6)
+    for name, value in one["gearshift"]["ema"]["weights"].items():
+        torch.testing.assert_close(two["gearshift"]["ema"]["weights"][name], value, rtol=0, atol=1e-6)
+    assert [step for step, _ in losses(tmp_path / "two")] == [5, 10, 12]
+    for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+    # Not because nothing was learned.
+    initial = state(tmp_path / "one")["gearshift"]["ema"]["weights"]["out.weight"]
+    assert (initial - one["state_dict"]["denoiser.network.out.weight"]).abs().max() > 1e-4
+
+
+def test_asked_to_stop_both_save_one_checkpoint_and_the_run_goes_on(program: Program, tmp_path: Path) -> None:
+    fields = json.dumps({"max_steps": 100_000, "log_every": 5, "devices": 2})
+    process = program("train", str(tmp_path / "run"), fields, launcher=TWO)
+    metrics = tmp_path / "run" / "metrics.csv"
+    while not metrics.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # the launcher passes it on to both
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and "stopped by SIGTERM after step" in err
+    step = state(tmp_path / "run")["global_step"]
+    assert step % 10 == 0 and step > 0
+    again = json.dumps({"max_steps": step + 10, "log_every": 5, "devices": 2})
+    finish(program("train", str(tmp_path / "run"), again, launcher=TWO))
+    assert state(tmp_path / "run")["global_step"] == step + 10
+    assert [s for s, _ in losses(tmp_path / "run")] == list(range(5, step + 11, 5))
