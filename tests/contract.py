@@ -24,7 +24,8 @@ from gearshift.execution.memory import NO_SLOT, Memory
 from gearshift.execution.outputs import Event, Outputs, Packing
 from gearshift.execution.plan import FULL, StepPlan
 from gearshift.execution.stream import Rows
-from toys import Isotropic, LongSkips, TwoDecoders
+
+from .toys import Isotropic, LongSkips, TwoDecoders
 
 EAGER = Packing(min_fraction=0.0)
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)

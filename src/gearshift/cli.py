@@ -173,7 +173,7 @@ def _report(error: BaseException) -> int:
         print(f"gearshift: {RunError(error)}", file=sys.stderr)
     else:
         print(
-            f"gearshift: unexpected {type(error).__name__}: {str(error).strip() or '(no message)'}; "
+            f"gearshift: unexpected {type(error).__name__}: {' '.join(str(error).split()) or '(no message)'}; "
             "GEARSHIFT_DEBUG=1 shows where",
             file=sys.stderr,
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contract import Subject, build, plain_loop
 from gearshift.backbones.exits import EarlyExit, ExitsConfig
 from gearshift.backbones.uvit import UViT, UViTConfig
 from gearshift.runtime.errors import UsageError
-from toys import Isotropic, LongSkips, TwoDecoders
+
+from ..contract import Subject, build, plain_loop
+from ..toys import Isotropic, LongSkips, TwoDecoders
 
 
 def wrap(backbone=None, **config) -> EarlyExit:  # type: ignore[no-untyped-def]

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract import EAGER, TOLERANCE, LeaveAt, build
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, Discrete, DiscreteConfig, VPSDEConfig
 from gearshift.execution.memory import Memory
 from gearshift.execution.outputs import SIMULATE
 from gearshift.execution.plan import FULL, StepPlan
 from gearshift.runtime.errors import UsageError
+
+from ..contract import EAGER, TOLERANCE, LeaveAt, build
 
 B = 4
 
@@ -110,6 +111,13 @@ def test_a_skipped_call_holds_eps_and_derives_x0_again() -> None:
     assert second.trace == [] and not second.called.any() and second.depth.tolist() == [0] * B
 
 
+def test_the_level_of_the_solver_wins_over_that_of_the_time() -> None:
+    d = denoiser()
+    x, labels = inputs(d)
+    p = d.predict(x, 0.4, labels, level=(0.5, 0.25))
+    assert torch.equal(p.x0, (x - 0.25 * p.eps) / 0.5)
+
+
 def test_rows_skip_one_by_one_before_guidance() -> None:
     """Skipped rows keep their own branch's eps; evaluated rows are as in a batch of their own."""
     d = denoiser()
@@ -135,6 +143,23 @@ def test_rows_without_a_prediction_are_evaluated_anyway() -> None:
     never = StepPlan(call=torch.tensor([False, True, False, True]))
     assert torch.equal(d.predict(x, 0.5, labels, plan=never).eps, d.predict(x, 0.5, labels).eps)
     assert d.predict(x, 0.5, labels, plan=never).called.all()
+
+
+def test_a_row_may_be_skipped_many_times() -> None:
+    """Each row holds its latest prediction through calls that evaluate only others."""
+    d = denoiser()
+    x, labels = inputs(d)
+    held = d.predict(x, 0.6, labels).held
+    wanted = held.eps.clone()
+    for seed, called in enumerate(([True, False, False, True], [True, False, False, False], [False] * 4), 1):
+        later, _ = inputs(d, seed)
+        mask = torch.tensor(called)
+        fresh = d.predict(later, 0.5, labels).eps
+        p = d.predict(later, 0.5, labels, plan=StepPlan(call=mask), held=held)
+        wanted[mask] = fresh[mask]
+        assert p.called.tolist() == called
+        torch.testing.assert_close(p.eps, wanted, **TOLERANCE)
+        held = p.held
 
 
 def test_per_row_plans_follow_the_rows_that_are_called() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from contract import CASES, EAGER, LeaveAt, Subject, build, macs_per_row, plain_loop
 from gearshift.execution.cost import Cost, CostTable, _meta_twin
 from gearshift.execution.outputs import PACK, SIMULATE, Packing
+
+from ..contract import CASES, EAGER, LeaveAt, Subject, build, macs_per_row, plain_loop
 
 PATHS = [(case.name, path) for case in CASES for path in range(len(build(case.name).paths))]
 

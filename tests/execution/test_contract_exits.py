@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract import CASES, EAGER, TOLERANCE, Impatient, LeaveAt, Subject, build, plain_loop, random_depths
 from gearshift.execution.outputs import PACK, SIMULATE, Packing
-from toys import Isotropic, LongSkips, TwoDecoders
+
+from ..contract import CASES, EAGER, TOLERANCE, Impatient, LeaveAt, Subject, build, plain_loop, random_depths
+from ..toys import Isotropic, LongSkips, TwoDecoders
 
 PATHS = [(case.name, path) for case in CASES for path in range(len(build(case.name).paths))]
 

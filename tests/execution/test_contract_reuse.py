@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract import CASES, EAGER, TOLERANCE, Subject, build, macs_per_row, plain_loop, random_depths
 from gearshift.execution.memory import Memory
 from gearshift.execution.outputs import SIMULATE, Outputs
 from gearshift.execution.plan import PARTS
 from gearshift.execution.stream import Rows
 from gearshift.runtime.errors import UsageError
+
+from ..contract import CASES, EAGER, TOLERANCE, Subject, build, macs_per_row, plain_loop, random_depths
 
 PATHS = [(case.name, path) for case in CASES for path in range(len(build(case.name).paths))]
 

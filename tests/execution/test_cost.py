@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from contract import build, cost_table
 from gearshift.execution.cost import Cost, CostTable
 from gearshift.execution.outputs import Event
 from gearshift.execution.stream import Rows
-from toys import Isotropic, LongSkips
+
+from ..contract import build, cost_table
+from ..toys import Isotropic, LongSkips
 
 
 def test_attention_products_are_two_n_squared_d() -> None:

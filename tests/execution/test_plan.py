@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
-from contract import LeaveAt, Subject
 from gearshift.execution.plan import FULL, PARTS, StepPlan, join
 from gearshift.runtime.errors import UsageError
+
+from ..contract import LeaveAt, Subject
 
 
 def same(a: object, b: object) -> bool:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract import EAGER, TOLERANCE, Impatient, LeaveAt, Subject, cost_table, macs_per_row, plain_loop
 from gearshift.execution.memory import Memory
 from gearshift.execution.outputs import PACK, SIMULATE, Packing
 from gearshift.execution.plan import StepPlan
 from gearshift.runtime.errors import UsageError
+
+from ..contract import EAGER, TOLERANCE, Impatient, LeaveAt, Subject, cost_table, macs_per_row, plain_loop
 
 EXPERT = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
 PACKINGS = [EAGER, PACK, Packing(0.6), SIMULATE]

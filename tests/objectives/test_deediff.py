@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract import build
 from gearshift.backbones.exits import EarlyExit, ExitsConfig
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
 from gearshift.objectives.base import Batch, Draws
 from gearshift.objectives.deediff import DeeDiff, DeeDiffConfig
 from gearshift.runtime.errors import UsageError
-from toys import Isotropic, TwoDecoders
+
+from ..contract import build
+from ..toys import Isotropic, TwoDecoders
 
 M, B, SHAPE = 3, 4, (2, 3, 3)
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract import build
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
 from gearshift.objectives.base import Batch, Draws, drop_condition, noised
 from gearshift.objectives.simple import Simple, SimpleConfig
 from gearshift.runtime.errors import UsageError
+
+from ..contract import build
 
 
 def batch_of(slot: Tensor, micro_batch: int = 2, channels: int = 2, side: int = 8) -> Batch:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import pytest
 
-from contract import build
 from gearshift.diffusion.process import Discrete, DiscreteConfig
 from gearshift.diffusion.solvers.base import Call
 from gearshift.diffusion.solvers.ddim import DDIM, DDIMConfig
@@ -15,6 +14,8 @@ from gearshift.execution.plan import FULL, StepPlan, join
 from gearshift.policies import Compose, ExitSchedule, FixedDepth, Full, Policy, RunInfo, SkipEvery, UncertaintyExit
 from gearshift.runtime.config import build as build_config
 from gearshift.runtime.errors import UsageError
+
+from ..contract import build
 
 
 @dataclass(frozen=True)

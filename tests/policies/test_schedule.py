@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from contract import build
 from gearshift.diffusion.process import VPSDE, Discrete, DiscreteConfig, VPSDEConfig
 from gearshift.diffusion.solvers.base import Call
 from gearshift.diffusion.solvers.ddim import DDIM, DDIMConfig
@@ -16,6 +15,8 @@ from gearshift.execution.plan import FULL
 from gearshift.policies import ExitSchedule, FixedDepth, Full, RunInfo, SkipEvery
 from gearshift.runtime.config import build as build_config
 from gearshift.runtime.errors import UsageError
+
+from ..contract import build
 
 PROCESS = Discrete(DiscreteConfig())
 

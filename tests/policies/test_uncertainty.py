@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract import EAGER, TOLERANCE, Subject, build
 from gearshift.backbones.exits import EarlyExit, ExitsConfig
 from gearshift.execution.exits import ExitView
 from gearshift.execution.outputs import SIMULATE
@@ -14,7 +13,9 @@ from gearshift.execution.plan import StepPlan
 from gearshift.execution.stream import Rows
 from gearshift.policies import RunInfo, UncertaintyExit
 from gearshift.runtime.errors import UsageError
-from toys import Isotropic
+
+from ..contract import EAGER, TOLERANCE, Subject, build
+from ..toys import Isotropic
 
 
 def subject(rows: int = 8, **config: object) -> Subject:

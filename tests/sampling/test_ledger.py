@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from contract import EAGER, build, cost_table
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import Discrete, DiscreteConfig
 from gearshift.diffusion.solvers.ddim import DDIM, DDIMConfig
 from gearshift.execution.plan import StepPlan
 from gearshift.runtime.errors import RunError
 from gearshift.sampling.ledger import Ledger, LedgerData
+
+from ..contract import EAGER, build, cost_table
 
 
 def recorded() -> LedgerData:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract import TOLERANCE, Impatient, build, cost_table
 from gearshift.backbones.exits import EarlyExit, ExitsConfig
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, Discrete, DiscreteConfig, VPSDEConfig
@@ -26,7 +25,9 @@ from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
 from gearshift.sampling.ledger import LedgerData
 from gearshift.sampling.loop import Chunk, Sampler, sample, sample_chunk
-from toys import Isotropic
+
+from ..contract import TOLERANCE, Impatient, build, cost_table
+from ..toys import Isotropic
 
 SOLVERS: list[Solver] = [
     DDIM(DDIMConfig(steps=4)),
@@ -111,6 +112,7 @@ POLICIES: list[Policy] = [
     SkipEvery(2),
     Compose([SkipEvery(3), FixedDepth(3)]),
     UncertaintyExit(0.5),
+    UncertaintyExit(0.5, statistic="batch"),  # neighbours matter, so the cut must not move with the range
 ]
 
 
@@ -146,6 +148,12 @@ def test_images_do_not_depend_on_range_or_ranks(policy: Policy) -> None:
     if policy.static:
         other = torch.cat([chunk.images for chunk in sample(replace(s, chunk=3), 11, table=table)])
         torch.testing.assert_close(other, together, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_start_at_multiples_of_their_size() -> None:
+    cut = [[int(index[0]), int(index[-1])] for index in sampler(chunk=4).chunks(5, 13)]
+    assert cut == [[4, 7], [8, 11], [12, 15]]
+    assert sampler(chunk=4).chunks(3, 3) == []
 
 
 def _cut(chunks: list[Chunk], start: int, count: int) -> LedgerData:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,20 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_both(run: RunFolder, monkeyp
     monkeypatch.undo()
     assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 1}
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_a_file_that_may_not_grow(run: RunFolder) -> None:
+    """The system's own refusal in the middle of a file, which torch turns into an error of its own."""
+    save(run, 1)
+    save(run, 2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"last\.ckpt \(File too large\).*previous file is intact"):
+            save(run, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 1}
 
 
 def test_damage_is_found_wherever_it_is(run: RunFolder) -> None:

@@ -74,3 +74,12 @@ def test_asked_to_stop_both_save_one_checkpoint_and_the_run_goes_on(program: Pro
     finish(program("train", str(tmp_path / "run"), again, launcher=TWO))
     assert state(tmp_path / "run")["global_step"] == step + 10
     assert [s for s, _ in losses(tmp_path / "run")] == list(range(5, step + 11, 5))
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(program: Program, tmp_path: Path) -> None:
+    fields = json.dumps({"max_steps": 100, "log_every": 50, "checkpoint_every_steps": 3, "devices": 2})
+    process = program("train", str(tmp_path / "run"), fields, "poison", launcher=TWO)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err.count("the loss is not finite in step 5 (loss=nan); the last good checkpoint is that of step 3") == 2
+    assert state(tmp_path / "run")["global_step"] == 3

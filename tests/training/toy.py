@@ -24,6 +24,7 @@ from gearshift.data.dataset import ImageDataset
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
 from gearshift.execution.stream import Rows, Stream
+from gearshift.objectives.base import Batch, Draws
 from gearshift.objectives.simple import Simple, SimpleConfig
 from gearshift.runtime.errors import UserError
 from gearshift.runtime.run import RunFolder
@@ -64,6 +65,15 @@ class ToyBackbone(Backbone):
 
     def null_cond(self, num_rows: int, device: torch.device) -> Tensor:
         return torch.full((num_rows,), CLASSES, device=device)
+
+
+class PoisonedOnRank1(Simple):
+    """A loss that is not a number from micro-batch 9 on, in one of the processes."""
+
+    def loss(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        terms = super().loss(denoiser, batch, draws)
+        bad = os.environ.get("RANK") == "1" and batch.micro_batch >= 9
+        return {"loss": terms["loss"] * (float("nan") if bad else 1.0)}
 
 
 def toy_dataset(count: int = 50) -> ImageDataset:
@@ -149,7 +159,7 @@ def main(verb: str, folder: str, fields: str, *rest: str) -> int:
         _kill(Path(folder), config, int(rest[0]), int(rest[1]))
         return 0
     try:
-        objective = Simple(SimpleConfig(label_dropout=0.2))
+        objective = (PoisonedOnRank1 if "poison" in rest else Simple)(SimpleConfig(label_dropout=0.2))
         objective.may_leave_unused = "spare" in rest
         answer = toy_train(folder, config, denoiser=toy_denoiser(spare="spare" in rest), objective=objective)
     except UserError as error:

@@ -90,7 +90,7 @@ class Sampler:
 
         They start at multiples of the size, so an image has the same neighbours whatever range it is asked for in.
         """
-        firsts = range(start - start % self.chunk, stop, self.chunk)
+        firsts = range(start - start % self.chunk, stop, self.chunk) if start < stop else ()
         return [torch.arange(first, first + self.chunk, device=self.device) for first in firsts]
 
 

@@ -1,21 +1,10 @@
-"""What a training is: the schema of the `trainer` group, and what of it does not change the weights."""
+"""What a training is: the schema of the `trainer` group."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from gearshift.runtime.errors import UsageError
-
-# Fields that say where and how a run is carried out, not what it computes; the hash of a run leaves them out.
-NOT_WEIGHTS = (
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "checkpoint_every_steps",
-    "checkpoint_every_minutes",
-    "log_every",
-    "deterministic",
-)
 
 _CHOICES = {
     "lr_schedule": ("constant", "cosine"),

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from gearshift.data.dataset import ImageDataset
+from gearshift.execution.stream import to_device
 from gearshift.objectives.base import Batch
 from gearshift.runtime import keys
 
+HOST = torch.device("cpu")
 _AHEAD = 3
 # The rest of the device's memory is for weights, optimiser and activations, which are not there yet.
 _SHARE_OF_FREE = 0.25
@@ -34,7 +36,7 @@ class Order:
         device: where the indices are wanted.
     """
 
-    def __init__(self, seed: int, count: int, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, seed: int, count: int, size: int, device: torch.device = HOST) -> None:
         self.seed, self.count, self.size, self.device = seed, count, size, device
         self._epochs: dict[int, Tensor] = {}
 
@@ -51,7 +53,7 @@ class Order:
 
     def _epoch(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
-            self._epochs[epoch] = keys.permutation(self.seed, "order", epoch, self.count).to(self.device)
+            self._epochs[epoch] = to_device(keys.permutation(self.seed, "order", epoch, self.count), self.device)
         return self._epochs[epoch]
 
 
@@ -86,7 +88,7 @@ class Feed:
         self.flip, self.labelled = flip, labelled
         self.resident = _fits(dataset, device) if resident is None else resident
         self._dataset = dataset.to(device) if self.resident else dataset
-        self._order = Order(seed, len(dataset), size, device if self.resident else "cpu")
+        self._order = Order(seed, len(dataset), size, device if self.resident else HOST)
         self._slot = torch.arange(start, stop, device=device)
         self._all = torch.arange(stop - start, device=device)
         self._worker = None if self.resident else ThreadPoolExecutor(1, thread_name_prefix="gearshift-feed")

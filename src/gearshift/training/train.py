@@ -252,9 +252,11 @@ def _plain(run: RunFolder) -> dict[str, Any]:
 @contextlib.contextmanager
 def _global_state(config: TrainerConfig) -> Iterator[None]:
     """Puts back afterwards what Lightning sets for the whole process."""
-    chatter = logging.getLogger("lightning.pytorch")
-    level, deterministic = chatter.level, torch.are_deterministic_algorithms_enabled()
-    chatter.setLevel(logging.WARNING)
+    chatter = {name: logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")}
+    levels = {name: log.level for name, log in chatter.items()}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    for log in chatter.values():
+        log.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # True for every network without parts that a step may leave out; an objective cannot know.
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
@@ -263,5 +265,6 @@ def _global_state(config: TrainerConfig) -> Iterator[None]:
         try:
             yield
         finally:
-            chatter.setLevel(level)
+            for name, log in chatter.items():
+                log.setLevel(levels[name])
             torch.use_deterministic_algorithms(deterministic)

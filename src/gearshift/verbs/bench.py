@@ -29,7 +29,6 @@ from gearshift.policies.base import RunInfo
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.progress import Progress
-from gearshift.sampling.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     network = denoiser.network
     table = CostTable.measure(network)
     policies: dict[str, Policy] = {}
-    if cfg.policy:
+    if cfg.get("policy"):
         policies["policy"] = build_policy(cfg.policy)
     else:
         exits = network.exits()
@@ -220,9 +219,8 @@ class _Bench:
         return rows[1:], busiest
 
     def _macs(self, call: Call, x: Tensor, plan: StepPlan) -> int:
-        ledger = Ledger(self.table, 0, self.info.branches, self.info.batch)
-        ledger.record(call, self._predict(call, x, plan))
-        return int(ledger.close().macs.sum())
+        trace = self._predict(call, x, plan).trace
+        return sum(self.table.of(event).macs * len(event.rows) for event in trace)
 
 
 def _show(answer: dict[str, Any]) -> None:

@@ -1,0 +1,35 @@
+"""The examples of the architecture page run, top to bottom."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_examples_of_the_architecture_page_run():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    assert len(blocks) >= 6
+    exec(compile("\n".join(blocks), str(PAGE), "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("page", [PAGE, README, Path(__file__).parents[1] / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_what_the_pages_link_to_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"src=\"([^\"]+)\"", text)
+    for target in targets:
+        if not target.startswith(("http", "mailto")):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_readme_names_experiments_and_verbs_that_exist():
+    from gearshift.runtime.paths import conf_dir
+    from gearshift.verbs import VERBS
+
+    text = README.read_text(encoding="utf-8")
+    for name in re.findall(r"experiment=([\w/]+)", text):
+        assert name in ("NAME",) or (conf_dir() / "experiment" / f"{name}.yaml").is_file(), name
+    for verb in re.findall(r"^ *gearshift ([a-z]+)", text, re.M):
+        assert verb in VERBS, verb

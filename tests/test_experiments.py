@@ -1,0 +1,94 @@
+"""Every experiment is composed, built at full size on the meta device, and run two steps under debug=tiny."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from gearshift import cli
+from gearshift.assembly import build_data, build_denoiser, build_objective
+from gearshift.execution.cost import CostTable
+from gearshift.runtime import config
+from gearshift.runtime.paths import conf_dir
+
+FOLDER = conf_dir() / "experiment"
+EXPERIMENTS = sorted(str(file.relative_to(FOLDER).with_suffix("")) for file in FOLDER.rglob("*.yaml"))
+
+
+def composed(verb, *overrides):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(verb, overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder like CIFAR-10's parquet copy, with a few made images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("cifar10")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 10)):
+        encoded = []
+        for _ in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
+            encoded.append({"bytes": buffer.getvalue(), "path": None})
+        table = pa.table({"img": encoded, "label": [i % 10 for i in range(count)]})
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_composes_and_builds_at_full_size(name):
+    cfg = composed("train", f"experiment={name}")
+    config.validate(cfg)
+    with torch.device("meta"):
+        denoiser = build_denoiser(cfg)
+    build_objective(cfg, denoiser.network)
+    build_data(cfg, denoiser.network)
+    assert CostTable.measure(denoiser.network).full(denoiser.network).macs > 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_runs_two_steps(name, photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path / "cache"))
+    cfg = composed("train", f"experiment={name}")
+    local = [f"data.path={photographs}"] if "Cifar10" in cfg.data._target_ else []
+    assert cli.run(["train", f"experiment={name}", "+debug=tiny", "trainer.accelerator=cpu", *local]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["steps"] == 2
+    assert np.isfinite(answer["loss"])
+    full = composed("train", f"experiment={name}")
+    with torch.device("meta"):
+        depth = build_denoiser(full).network.num_blocks()
+        tiny = build_denoiser(composed("train", f"experiment={name}", "+debug=tiny")).network
+    assert tiny.num_blocks() == depth, "debug=tiny shrinks widths, never depth"
+
+
+def test_every_group_file_is_valid():
+    """Each file of a group that names a class fits that class's schema."""
+    from omegaconf import OmegaConf
+
+    checked = 0
+    for file in sorted(conf_dir().rglob("*.yaml")):
+        if file.parent == conf_dir() or file.parent.name in ("trainer", "experiment", "launcher", "debug"):
+            continue
+        node = OmegaConf.load(file)
+        if node.get("_target_"):
+            config.validate(OmegaConf.create({file.parent.name: node}))
+            checked += 1
+    assert checked > 25
+
+
+@pytest.mark.parametrize("group", ["policy", "evaluation", "solver"])
+def test_every_file_of_a_sampling_group_builds(group):
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
+        from gearshift.assembly import named
+
+        config.build(named(group, file.stem))
