@@ -46,7 +46,7 @@ def refused(capsys, arguments, code):
     return lines[0]
 
 
-# What it answers ---------------------------------------------------------------------------------------------------------
+# What it answers -----------------------------------------------------------------------------------------------------
 
 
 def test_help_lists_every_verb_and_each_has_examples(capsys):
@@ -139,11 +139,9 @@ def test_load_from_python(trained):
 
 def test_evaluate_writes_a_report(trained, capsys):
     settings = ["num_images=12", "chunk=6", "timing_images=6", "timing_rounds=2", "metrics=[classifier]"]
-    settings += ["solvers.ddim.steps=4", "tolerance=100"]
-    assert (
-        cli.run(["evaluate", f"run={trained}", "evaluation=demo", "device=cpu", *(f"evaluation.{s}" for s in settings)])
-        == 0
-    )
+    settings = [f"evaluation.{setting}" for setting in [*settings, "solvers.ddim.steps=4"]]
+    settings += ["+evaluation.tolerance=100", "evaluation=demo"]
+    assert cli.run(["evaluate", f"run={trained}", "device=cpu", *settings]) == 0
     said = answer(capsys)
     rows = {row["name"]: row for row in said["rows"]}
     needed = {"policy", "solver", "calls", "macs_per_image", "macs_saved", "images_per_s", "speedup", "psnr_to_full"}
@@ -186,7 +184,8 @@ def test_import_makes_a_run_that_samples(capsys, tmp_path):
     run = answer(capsys)["run"]
     assert cli.run(["sample", f"run={run}", "num_images=2", "solver.steps=2", "device=cpu"]) == 0
     assert answer(capsys)["num_images"] == 2
-    assert cli.run(["import", *backbone]) == 0, "importing again changes nothing"
+    assert cli.run(["import", *backbone]) == 0
+    assert answer(capsys)["run"] == run, "importing again changes nothing"
     line = refused(capsys, ["evaluate", f"run={run}"], 2)
     assert "without data=" in line
 
@@ -199,7 +198,7 @@ def test_list_names_what_there_is(capsys):
     assert all(line for names in said.values() for line in names.values()), "everything has its one line"
 
 
-# What it says when something is wrong ------------------------------------------------------------------------------------
+# What it says when something is wrong --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -207,7 +206,9 @@ def test_list_names_what_there_is(capsys):
     [
         (["trian"], ["'trian'", "train"]),
         (["train", "experiment=digit"], ["experiment/digit", "digits"]),
-        (["train", "trainer.max_step=3"], ["max_step", "max_steps"]),
+        (["train", "trainer.max_step=3"], ["trainer.max_step'", "trainer.max_steps"]),
+        (["evaluate", "run=.", "evaluation.toleranc=3"], ["toleranc'", "+evaluation.tolerance"]),
+        (["evaluate", "run=.", "evaluation.tolerance=3"], ["Evaluation", "+evaluation.tolerance=VALUE"]),
         (["train", "backbone.depth=5"], ["depth=5", "even"]),
         (["train", "backbone.depth=deep"], ["backbone.depth", "deep"]),
         (["train", "exits=none"], ["uncertainty heads"]),
@@ -219,7 +220,7 @@ def test_list_names_what_there_is(capsys):
         (["sample", "run=/nowhere"], ["/nowhere"]),
         (["import", "weights=/nowhere.pth"], ["/nowhere.pth"]),
         (["list", "group=polices"], ["polices", "policy"]),
-        (["profile", "policy=fixed_depth", "policy.depth=9"], ["depth 9", "[7]"]),
+        (["profile", "policy=fixed_depth", "policy.depth=9"], ["depth 9", "[1, 2, 3, 4, 5, 6, 7]"]),
     ],
 )
 def test_a_usage_error_is_one_line_that_quotes_both_sides(capsys, arguments, quoted):
@@ -232,7 +233,13 @@ def test_a_usage_error_is_one_line_that_quotes_both_sides(capsys, arguments, quo
     ("settings", "quoted"),
     [
         (["policy=fixed_depth", "policy.depth=9"], ["depth 9", "[1, 2, 3, 4, 5, 6, 7]"]),
-        (["policy=exit_and_skip", "policy.policies.1={_target_: gearshift.policies.UncertaintyExit, threshold: 0.2}"], []),
+        (
+            [
+                "policy=exit_and_skip",
+                "policy.policies.1={_target_: gearshift.policies.UncertaintyExit, threshold: 0.2}",
+            ],
+            [],
+        ),
         (["solver=euler_maruyama"], ["euler_maruyama", "cosine"]),
         (["labels=10"], ["10", "0..9"]),
         (["guidance=2", "s=0.5"], ["2", "0.5"]),

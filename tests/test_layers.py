@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "gearshift"
-# A layer may import itself and what stands before it. Layers in one set do not know each other, but for the pairs below.
+# A layer may import itself and what stands before it; layers in one set do not know each other.
 LAYERS = [
     {"runtime"},
     {"execution", "data"},

@@ -47,9 +47,7 @@ class LoadedRun:
         self, policy: PolicyLike = "full", solver: SolverLike = "ddim", precision: str = "fp32", **settings: Any
     ) -> Sampler:
         """A `Sampler` of this run, checked. `settings` are the fields of `Sampler` (seed, guidance, labels, chunk)."""
-        made = Sampler(
-            self.denoiser, build_solver(solver), build_policy(policy), dtype=dtype_of(precision), **settings
-        )
+        made = Sampler(self.denoiser, build_solver(solver), build_policy(policy), dtype=dtype_of(precision), **settings)
         made.check()
         return made
 

@@ -32,6 +32,7 @@ IRRELEVANT_TO_WEIGHTS = (
     "trainer.checkpoint_every_steps",
     "trainer.checkpoint_every_minutes",
     "trainer.log_every",
+    "trainer.deterministic",
 )
 
 
@@ -43,7 +44,7 @@ def build_network(cfg: DictConfig) -> Backbone:
     node = config.plain(cfg.backbone)
     target = config.locate(node[config.TARGET], "backbone")
     fields = {key: value for key, value in node.items() if key != config.TARGET}
-    settings = config.parse(fields, config.schema_of(target), path="backbone", owner=target)
+    settings: Any = config.parse(fields, config.schema_of(target), path="backbone", owner=target)
     if cfg.get("shrink"):
         if not hasattr(settings, "shrunk"):
             raise UsageError(f"debug=tiny cannot shrink {target.__name__}: its configuration has no shrunk()")
@@ -85,7 +86,9 @@ def build_objective(cfg: DictConfig, network: Backbone) -> Objective:
 
 def build_policy(node: Policy | DictConfig | Mapping[str, Any] | str) -> Policy:
     """A policy from a node, or by the name of a file under conf/policy."""
-    policy = node if isinstance(node, Policy) else config.build(named("policy", node) if isinstance(node, str) else node)
+    policy = (
+        node if isinstance(node, Policy) else config.build(named("policy", node) if isinstance(node, str) else node)
+    )
     if not isinstance(policy, Policy):
         raise UsageError(f"policy names {type(policy).__name__}, which is not a policy")
     return policy
@@ -93,7 +96,9 @@ def build_policy(node: Policy | DictConfig | Mapping[str, Any] | str) -> Policy:
 
 def build_solver(node: Solver | DictConfig | Mapping[str, Any] | str) -> Solver:
     """A solver from a node, or by the name of a file under conf/solver."""
-    solver = node if isinstance(node, Solver) else config.build(named("solver", node) if isinstance(node, str) else node)
+    solver = (
+        node if isinstance(node, Solver) else config.build(named("solver", node) if isinstance(node, str) else node)
+    )
     if not isinstance(solver, Solver):
         raise UsageError(f"solver names {type(solver).__name__}, which is not a solver")
     return solver

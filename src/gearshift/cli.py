@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,10 +142,12 @@ def _in_user_words(error: BaseException) -> BaseException:
 
 
 def _near(key: str) -> str:
-    """What stands where a mistyped override points to."""
+    """What stands where a mistyped override points to, and what could stand there."""
     import difflib
 
     from hydra import compose, initialize_config_dir
+
+    from gearshift.runtime import config
 
     verb = sys.argv[0].removeprefix("gearshift ")
     groups = [a for a in sys.argv[1:] if "=" in a and not a.startswith(("-", "+", "~")) and "." not in a.split("=")[0]]
@@ -156,12 +158,18 @@ def _near(key: str) -> str:
         *parents, last = key.split(".")
         for parent in parents:
             node = node[parent]
-        known = [str(name) for name in node if name != "_target_"]
+        known = [str(name) for name in node if name != config.TARGET]
+        target = node.get(config.TARGET)
+        fields = config.schema_of(config.locate(target, key)).__dataclass_fields__ if target else ()
     except Exception:  # the hint is a courtesy; the message stands without it
         return ""
-    close = difflib.get_close_matches(last, known, 1)
-    prefix = ".".join([*parents, ""]) if parents else ""
-    return f"; did you mean {prefix}{close[0]!r}?" if close else f"; there are {', '.join(prefix + name for name in known)}"
+    if last in fields:
+        return f" in the files; {target} has it, so add it: +{key}=VALUE"
+    close = difflib.get_close_matches(last, [*known, *fields], 1)
+    prefix = ".".join([*parents, ""])
+    if close:
+        return f"; did you mean {'' if close[0] in known else '+'}{prefix}{close[0]}?"
+    return f"; there are {', '.join(prefix + name for name in known)}"
 
 
 def _report(error: BaseException) -> int:
@@ -188,7 +196,7 @@ def _was_multirun(rest: list[str]) -> bool:
     return any(flag in rest for flag in ("-m", "--multirun"))
 
 
-def _hydra_settings() -> Mapping[str, Any] | None:
+def _hydra_settings() -> Any:  # a dataclass, or the node made of it
     from hydra.core.hydra_config import HydraConfig
 
     return HydraConfig.get() if HydraConfig.initialized() else None
@@ -196,13 +204,13 @@ def _hydra_settings() -> Mapping[str, Any] | None:
 
 def _is_multirun() -> bool:
     settings = _hydra_settings()
-    return settings is not None and "MULTIRUN" in str(settings["mode"])
+    return settings is not None and "MULTIRUN" in str(settings.mode)
 
 
 def _job_runs_elsewhere() -> bool:
     """Whether a launcher other than Hydra's own runs this job in a process of its own."""
     settings = _hydra_settings()
-    return settings is not None and _is_multirun() and "BasicLauncher" not in str(settings["launcher"]["_target_"])
+    return settings is not None and _is_multirun() and "BasicLauncher" not in str(settings.launcher._target_)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ class Evaluator:
         full: dict[str, str] = {}
         for name, solver_name, sampler in planned:
             full.setdefault(solver_name, name)
-            self.add(name, sampler, self.rows[full[solver_name]] if full[solver_name] in self.rows else None)
+            self.add(name, sampler, self.rows.get(full[solver_name]))
         if self.settings.equal_macs:
             for solver_name, full_name in full.items():
                 mine = [name for name, own, _ in planned if own == solver_name and name != full_name]

@@ -40,9 +40,7 @@ def gather_chunks(mine: Sequence[Chunk]) -> Gathered | None:
 
     Collective where several processes are at work (torchrun or srun); starts the process group if nobody has.
     """
-    local = [
-        Chunk(c.index.cpu(), c.images.cpu(), None if c.cond is None else c.cond.cpu(), c.ledger) for c in mine
-    ]
+    local = [Chunk(c.index.cpu(), c.images.cpu(), None if c.cond is None else c.cond.cpu(), c.ledger) for c in mine]
     if world_size() == 1:
         return Gathered(tuple(local))
     import torch.distributed as dist

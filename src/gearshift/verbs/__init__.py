@@ -37,7 +37,7 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "gearshift evaluate run=RUN evaluation=demo",
             "gearshift evaluate run=RUN evaluation.num_images=2000 evaluation.guidance=2",
-            "gearshift evaluate run=RUN '+evaluation.policies.mine={_target_: gearshift.policies.FixedDepth, depth: 3}'",
+            "gearshift evaluate run=RUN '+evaluation.policies.d3={_target_: gearshift.policies.FixedDepth, depth: 3}'",
         ),
     ),
     "profile": (
@@ -88,7 +88,10 @@ def overview() -> str:
     width = max(map(len, VERBS))
     lines = ["gearshift VERB [overrides]", ""]
     lines += [f"  {verb:<{width}}  {line}" for verb, (_, line, _) in VERBS.items()]
-    lines += ["", "gearshift VERB --help shows examples and settings; overrides are Hydra's (key=value, group=option, -m)."]
+    lines += [
+        "",
+        "gearshift VERB --help shows examples and settings; overrides are Hydra's (key=value, group=option, -m).",
+    ]
     return "\n".join(lines)
 
 
@@ -101,6 +104,7 @@ def help_text(verb: str) -> str:
     _, line, examples = VERBS[verb]
     root = conf_dir()
     cfg = OmegaConf.load(root / f"{verb}.yaml")
+    assert isinstance(cfg, DictConfig)
     groups = []
     for entry in cfg.get("defaults", []):
         if not isinstance(entry, str):
@@ -110,10 +114,10 @@ def help_text(verb: str) -> str:
         folder = root / group
         names = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
         out += ["", f"{group}=", f"  {', '.join(names)}"]
-    settings = {key: value for key, value in cfg.items() if key not in ("defaults", "hydra")}
+    settings = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("defaults", "hydra")])
     if settings:
         out += ["", "settings and their defaults:"]
-        text = OmegaConf.to_yaml(OmegaConf.create(settings), resolve=False)
+        text = OmegaConf.to_yaml(settings, resolve=False)
         out += [f"  {item}" for item in text.rstrip().splitlines()]
     out += ["", "--cfg job prints the composed configuration; -m launches a sweep; GEARSHIFT_DEBUG=1 shows tracebacks"]
     if verb == "train":

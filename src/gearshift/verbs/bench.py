@@ -1,7 +1,7 @@
 """`gearshift bench`: does a saving in MACs show in seconds? One process, interleaved, paired medians.
 
 The calls that are timed lie evenly over the solver's, each at the x the full computation has there. Where a run is
-given, its own heads decide who leaves; else weights are random and depths are drawn, while the heads are still paid for.
+given, its own heads decide who leaves; else weights are random and depths are drawn, and the heads are still paid.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gearshift.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class DrawnExits(Policy):
-    """Every row leaves at a depth drawn uniformly from the exits; uncertainty heads are evaluated as if they decided."""
+    """Every row leaves at an exit drawn uniformly; uncertainty heads are evaluated as if they decided."""
 
     seed: int = 0
 

@@ -29,8 +29,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     device = next(loaded.denoiser.parameters()).device
     source = loaded.config
     if cfg.data_path is not None:
-        source = OmegaConf.merge(source, {"data": {"path": cfg.data_path}})
-        assert isinstance(source, DictConfig)
+        source = source.copy()
+        OmegaConf.update(source, "data.path", cfg.data_path, force_add=True)
     if not source.get("data"):
         raise UsageError(f"run={cfg.run} was imported without data=; evaluate needs the data to compare with")
     data = build_data(source, loaded.denoiser.network)

@@ -23,4 +23,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     stored = {n: v.to(dtype) if v.is_floating_point() else v for n, v in state.items()}
     text = OmegaConf.to_yaml(folder.config)
     export_safetensors(out, stored, text, {"weights": "ema" if cfg.ema else "trained", "dtype": cfg.dtype})
-    return {"run": str(folder.path), "file": str(out), "tensors": len(stored), "params": sum(v.numel() for v in stored.values())}
+    return {
+        "run": str(folder.path),
+        "file": str(out),
+        "tensors": len(stored),
+        "params": sum(v.numel() for v in stored.values()),
+    }

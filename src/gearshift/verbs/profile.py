@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -96,7 +95,12 @@ def _under(denoiser: Denoiser, policy: Policy, solver: Any, table: CostTable, gu
     info = RunInfo(calls, network, 1, branches)
     policy.check(info)
     full = table.full(network).macs * len(calls) * branches
-    answer = {"name": policy.name, "solver": solver.name, "calls": len(calls) * branches, "full_gmacs_per_image": full / 1e9}
+    answer = {
+        "name": policy.name,
+        "solver": solver.name,
+        "calls": len(calls) * branches,
+        "full_gmacs_per_image": full / 1e9,
+    }
     if not policy.static:
         return {**answer, "gmacs_per_image": None, "why": "depends on data: sample or evaluate a run"}
     state = policy.begin(info)

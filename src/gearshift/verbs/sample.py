@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     images = torch.cat([to_u8(chunk.images) for chunk in gathered.chunks]).permute(0, 2, 3, 1).numpy()
     folder = Path(cfg.out) if cfg.out is not None else loaded.folder.path / "samples" / _name(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, np.ndarray] = {"arr_0": images, "index": np.arange(cfg.start, cfg.start + cfg.num_images)}
+    arrays: dict[str, Any] = {"arr_0": images, "index": np.arange(cfg.start, cfg.start + cfg.num_images)}
     if gathered.labels is not None:
         arrays["arr_1"] = gathered.labels.numpy()
     atomic_write(folder / "images.npz", lambda file: np.savez_compressed(file, **arrays))

@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         return _dry_run(cfg, str(path))
     if (path / "config.yaml").is_file() and (finished := RunFolder.open(path).result) is not None:
         return finished
-    launch.ensure_processes(settings.devices, sys.argv[1:], multirun=_in_sweep())
+    launch.ensure_processes(settings.devices, ["train", *sys.argv[1:]], multirun=_in_sweep())
     # Weights are drawn on the CPU, so they are the same on every device and in every process.
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
