@@ -15,7 +15,7 @@ from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.solvers.base import Solver
 from gearshift.objectives.base import Objective
 from gearshift.policies.base import Policy
-from gearshift.runtime import config
+from gearshift.runtime import config, launch
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.paths import conf_dir
 
@@ -25,7 +25,6 @@ IRRELEVANT_TO_WEIGHTS = (
     "runs_dir",
     "dry_run",
     "logger",
-    "data.path",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -118,8 +117,10 @@ def named(group: str, name: str) -> DictConfig:
 
 def device_of(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError where it is not there."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", launch.local_rank())
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -142,4 +143,12 @@ def run_path(cfg: DictConfig) -> Path:
     from gearshift.runtime.run import weights_hash
 
     plain = config.plain(cfg)
-    return Path(cfg.runs_dir) / str(cfg.name) / weights_hash(plain, IRRELEVANT_TO_WEIGHTS)
+    return Path(cfg.runs_dir) / str(cfg.name) / weights_hash(plain, irrelevant_to_weights(cfg))
+
+
+def irrelevant_to_weights(cfg: DictConfig) -> tuple[str, ...]:
+    """Settings that leave the weights as they are. A path does where the data set is the same wherever it lies; a
+    folder of images is what its path says."""
+    node = config.plain(cfg.data) if cfg.get("data") else {}
+    decides = getattr(config.locate(node[config.TARGET], "data"), "path_is_identity", False) if node else False
+    return IRRELEVANT_TO_WEIGHTS if decides else (*IRRELEVANT_TO_WEIGHTS, "data.path")

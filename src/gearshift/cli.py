@@ -16,6 +16,7 @@ from gearshift import verbs
 from gearshift.runtime.errors import RunError, UsageError, UserError
 from gearshift.runtime.output import emit_json
 from gearshift.runtime.paths import conf_dir
+from gearshift.verbs import SweepError
 
 DRY_RUN = "--dry-run"
 
@@ -39,7 +40,9 @@ def _task(verb: str) -> Callable[[DictConfig], None]:
                 raise  # the launcher reports it as this job's failure
             _outcome.failures.append(error)
             if _is_multirun():
-                _report(error)
+                _report(error, f"job {_job()}: " if not isinstance(error, SweepError) else "")
+                if _ends_sweep(error):
+                    raise SystemExit(_code(error)) from error  # Hydra goes on after any other exception
             return
         if answer is not None:
             emit_json(answer)
@@ -74,7 +77,7 @@ def run(arguments: list[str]) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt:
-        print("gearshift: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("gearshift: interrupted", file=sys.stderr)
         return 130
     except BaseException as error:
         return _report(_in_user_words(error))
@@ -127,7 +130,8 @@ def _in_user_words(error: BaseException) -> BaseException:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if not isinstance(error, HydraException | OmegaConfBaseException):
+    flags = isinstance(error, ValueError) and str(error).startswith("Only one of --")
+    if not flags and not isinstance(error, HydraException | OmegaConfBaseException):
         return error
     text = str(error).split("Config search path")[0]  # where Hydra looked helps nobody
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -172,16 +176,16 @@ def _near(key: str) -> str:
     return f"; there are {', '.join(prefix + name for name in known)}"
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException, which: str = "") -> int:
     if os.environ.get("GEARSHIFT_DEBUG") == "1":
         traceback.print_exception(error)
     if isinstance(error, UserError):
-        print(f"gearshift: {error}", file=sys.stderr)
+        print(f"gearshift: {which}{error}", file=sys.stderr)
     elif isinstance(error, OSError):
-        print(f"gearshift: {RunError(error)}", file=sys.stderr)
+        print(f"gearshift: {which}{RunError(error)}", file=sys.stderr)
     else:
         print(
-            f"gearshift: unexpected {type(error).__name__}: {' '.join(str(error).split()) or '(no message)'}; "
+            f"gearshift: {which}unexpected {type(error).__name__}: {' '.join(str(error).split()) or '(no message)'}; "
             "GEARSHIFT_DEBUG=1 shows where",
             file=sys.stderr,
         )
@@ -190,6 +194,11 @@ def _report(error: BaseException) -> int:
 
 def _code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, UserError) else 1
+
+
+def _ends_sweep(error: BaseException) -> bool:
+    """Whether no other job should start: all would be refused alike, or a signal asked the program to stop."""
+    return isinstance(error, SweepError) or _code(error) > 128
 
 
 def _was_multirun(rest: list[str]) -> bool:
@@ -205,6 +214,13 @@ def _hydra_settings() -> Any:  # a dataclass, or the node made of it
 def _is_multirun() -> bool:
     settings = _hydra_settings()
     return settings is not None and "MULTIRUN" in str(settings.mode)
+
+
+def _job() -> str:
+    """Number of the running job of a sweep, and what sets it apart: its overrides that were not given literally."""
+    settings = _hydra_settings()
+    own = [str(override) for override in settings.overrides.task if override not in sys.argv]
+    return f"{settings.job.num} ({' '.join(own)})" if own else str(settings.job.num)
 
 
 def _job_runs_elsewhere() -> bool:

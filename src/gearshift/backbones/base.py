@@ -122,6 +122,11 @@ class Backbone(nn.Module):
         """Predicted error in [0, 1] after `depth` blocks: a map [n, C, H, W], or one number per row [n]."""
         raise NotImplementedError
 
+    def mean_uncertainty(self, hidden: Tensor, time: Tensor, depth: int, path: int = 0) -> Tensor:
+        """Mean of `uncertainty` over channels and pixels, [n]: what exit rules ask for."""
+        values = self.uncertainty(hidden, time, depth, path)
+        return values.flatten(1).mean(1) if values.ndim > 1 else values
+
     def uncertainties(
         self, hiddens: Sequence[Tensor], time: Tensor, depths: Sequence[int], path: int = 0
     ) -> list[Tensor]:

@@ -110,6 +110,12 @@ class EarlyExit(Backbone):
                     head = UncertaintyHead(backbone.width(depth, path), time_width, features)
                     self.uncertainty_heads[f"{path}_{depth}"] = head
 
+    def copy_readout(self) -> None:
+        """Make every exit head of its own a copy of the backbone's readout, as it is now."""
+        for key, head in self.exit_heads.items():
+            path, depth = map(int, key.split("_"))
+            head.load_state_dict(self.backbone.readout_modules(depth, path).state_dict())
+
     def _chosen(self, path: int) -> tuple[int, ...]:
         readable = self.backbone.exits(path)
         full = self.num_blocks(path)
@@ -183,11 +189,20 @@ class EarlyExit(Backbone):
 
     def uncertainty(self, hidden: Tensor, time: Tensor, depth: int, path: int = 0) -> Tensor:
         """[n, C, H, W] in [0, 1] for `pixel_map`, [n] for `token_mean`."""
-        tokens = self.backbone.tokens(hidden, depth, path)
+        values = self._values(hidden, time, depth, path)
+        if self.config.uncertainty == "token_mean":
+            return values.mean(dim=(1, 2))
+        return self.backbone.assemble(values, self.in_channels, depth, path)
+
+    def _values(self, hidden: Tensor, time: Tensor, depth: int, path: int) -> Tensor:
+        """Per token, [n, N, features]."""
+        # A slice of the tokens is not contiguous, and a linear layer over it is twice as slow.
+        tokens = self.backbone.tokens(hidden, depth, path).contiguous()
         if self.config.detach_input:
             tokens = tokens.detach()
         features = self.backbone.time_features(time) if self.config.time_embed == "concat" else None
         values: Tensor = self.uncertainty_heads[f"{path}_{depth}"](tokens, features)
-        if self.config.uncertainty == "token_mean":
-            return values.mean(dim=(1, 2))
-        return self.backbone.assemble(values, self.in_channels, depth, path)
+        return values
+
+    def mean_uncertainty(self, hidden: Tensor, time: Tensor, depth: int, path: int = 0) -> Tensor:
+        return self._values(hidden, time, depth, path).mean(dim=(1, 2))

@@ -53,6 +53,15 @@ def import_official(path: str | os.PathLike[str], backbone: nn.Module) -> StateD
     return heads
 
 
+def exported_state(path: str | os.PathLike[str]) -> StateDict | None:
+    """The weights of a file of `export_safetensors`, under the network's own names; None for any other file."""
+    file = Path(path)
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    state, header = _read_safetensors(file)
+    return state if CONFIG_KEY in header else None
+
+
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
     """Load `state` into `module` if names and shapes are exactly its own; otherwise leave the module as it is.
 

@@ -45,6 +45,8 @@ class ImageFolder:
     """uint8 [N, channels, size, size]; classes are the class folders in alphabetical order, none for a flat folder."""
 
     Config: ClassVar[type[ImageFolderConfig]] = ImageFolderConfig
+    # Another folder is another data set.
+    path_is_identity: ClassVar[bool] = True
 
     def __init__(self, config: ImageFolderConfig) -> None:
         """Lists the folder; no image is opened. Raises UsageError when there is nothing to read or an option is out

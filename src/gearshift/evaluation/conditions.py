@@ -67,7 +67,12 @@ class Quiet:
         if total != total or wall <= 0:  # nan: no such counter here
             return None
         foreign = (total - self._total) - (_own_seconds() - self._own)
-        return max(0.0, foreign / (wall * (os.cpu_count() or 1)))
+        return max(0.0, foreign / (wall * _usable_cores()))
+
+
+def _usable_cores() -> int:
+    """Cores this process may run on: a job with two of 64 is disturbed by what runs on its two at the latest."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _own_seconds() -> float:

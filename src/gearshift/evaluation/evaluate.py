@@ -28,7 +28,7 @@ from gearshift.execution.cost import CostTable
 from gearshift.policies import Full
 from gearshift.runtime import config
 from gearshift.runtime.errors import UsageError
-from gearshift.runtime.progress import Progress
+from gearshift.runtime.progress import Progress, note
 from gearshift.sampling.gather import gather_chunks
 from gearshift.sampling.ledger import LedgerData
 from gearshift.sampling.loop import Sampler, sample, sample_chunk
@@ -135,6 +135,7 @@ class Evaluator:
         if isinstance(self.lpips, Unavailable):
             self.unavailable.append(self.lpips)
         self.rows: dict[str, Evaluated] = {}
+        self.solver_of: dict[str, str] = {}  # by row, the name of its entry under `solvers`
         self._table: CostTable | None = None
         self._reference: dict[str, Sequence[Accumulator]] = {}
 
@@ -167,6 +168,7 @@ class Evaluator:
         full: dict[str, str] = {}
         for name, solver_name, sampler in planned:
             full.setdefault(solver_name, name)
+            self.solver_of[name] = solver_name
             self.add(name, sampler, self.rows.get(full[solver_name]))
         if self.settings.equal_macs:
             for solver_name, full_name in full.items():
@@ -179,7 +181,7 @@ class Evaluator:
         """One row: images, ledger, numbers. `full` is what it is compared with; None: it is the full run itself."""
         assert self._table is not None
         calls = len(sampler.calls())
-        passes = len(sampler.chunks(0, self.settings.num_images))
+        passes = len(sampler.chunks(self.settings.start, self.settings.start + self.settings.num_images))
         with Progress(passes * calls, name, unit="calls") as progress:
             chunks = list(
                 sample(
@@ -224,6 +226,7 @@ class Evaluator:
 
     def _reference_sums(self, metric: FrechetMetric) -> Sequence[Accumulator]:
         if metric.name not in self._reference:
+            note(f"{metric.name}: features of {len(self.train)} training images")
             self._reference[metric.name] = self._sums(metric, self.train.images_u8)
         return self._reference[metric.name]
 
@@ -232,7 +235,8 @@ class Evaluator:
     def best(self, names: Sequence[str], full_name: str) -> str | None:
         """The exit row that saves most MACs among those within the tolerance of full compute; None if none saves."""
         full = self.rows[full_name].numbers
-        saving = [name for name in names if self.rows[name].numbers["macs_saved"] > 0]
+        exits = [name for name in names if self.rows[name].ledger.called.all()]  # skipped calls are no exits
+        saving = [name for name in exits if self.rows[name].numbers["macs_saved"] > 0]
         within = [
             name
             for name in saving
@@ -241,7 +245,8 @@ class Evaluator:
         ]
         if within:
             return max(within, key=lambda name: self.rows[name].numbers["macs_saved"])
-        return max(saving, key=lambda name: self.rows[name].numbers["psnr_to_full"] or 0, default=None)
+        # Images equal to those of full compute have no finite PSNR and come first.
+        return max(saving, key=lambda name: self.rows[name].numbers["psnr_to_full"] or float("inf"), default=None)
 
     def _add_fewer_steps(self, solver_name: str, full_name: str, names: Sequence[str]) -> None:
         best = self.best(names, full_name)
@@ -257,8 +262,10 @@ class Evaluator:
             return
         sampler = self.sampler(Full(), build_solver({**node, "steps": steps}))
         suffix = f" @ {solver_name}" if len(self.settings.solvers) > 1 else ""
-        self.add(f"full, {steps} steps{suffix}", sampler, full)
-        self.rows[f"full, {steps} steps{suffix}"].numbers["equal_macs_to"] = best
+        name = f"full, {steps} steps{suffix}"
+        self.solver_of[name] = solver_name
+        self.add(name, sampler, full)
+        self.rows[name].numbers["equal_macs_to"] = best
 
     # Time ------------------------------------------------------------------------------------------------------------
 
@@ -278,9 +285,8 @@ class Evaluator:
                 methods, settings.timing_rounds, self.device, on_run=lambda name: progress.update(1, row=name)
             )
         self.others = others
-        by_solver = {row.sampler.solver.name: name for name, row in self.rows.items() if name in full.values()}
         for name, row in self.rows.items():
-            reference = by_solver[row.sampler.solver.name]
+            reference = full[self.solver_of[name]]
             row.numbers.update(self._time_numbers(timings[name], timings[reference], row.numbers["macs_saved"]))
 
     def _time_numbers(self, own: Timing, reference: Timing, macs_saved: float) -> dict[str, Any]:

@@ -50,6 +50,7 @@ _COLUMNS = (
     Column("images_per_s", "images/s", "number", +1),
     Column("speedup", "speed-up", "times", +1),
     Column("time_saved", "time saved", "percent", +1),
+    Column("saving_realised", "of MACs saving", "percent", +1),
     Column("psnr_to_full", "PSNR to full", "number", +1),
     Column("ssim_to_full", "SSIM to full", "number", +1),
     Column("lpips_alex_to_full", "LPIPS to full", "number", -1),

@@ -205,8 +205,10 @@ class _Execution:
         if self.packing.simulate or self.plan.taps:
             return False
         gone = len(alive) - int(alive.sum())
-        # With a memory rows that left would still be looked up in it: drop them at once.
-        least = 0.0 if self.memory is not None else self.packing.min_fraction * len(alive)
+        # A memory would still be asked for rows that left, and an exit rule be shown a copy without them at every
+        # depth: then dropping at once is cheaper.
+        at_once = self.memory is not None or self.plan.exit is not None
+        least = 0.0 if at_once else self.packing.min_fraction * len(alive)
         return gone > 0 and gone >= least
 
     def _asked(self, stream: Stream, depth: int, candidates: Tensor, previous: Tensor | None) -> Tensor:
@@ -239,7 +241,7 @@ class _Execution:
 
         def uncertainty() -> Tensor:
             self.trace.append(Event("uncertainty", path, depth, "full", rows))
-            return self.backbone.uncertainty(hidden, time, depth, path)
+            return self.backbone.mean_uncertainty(hidden, time, depth, path)
 
         before = None if previous is None else gather(previous, positions)
         return ExitView(depth, path, exits, rows, hidden, before, uncertainty)

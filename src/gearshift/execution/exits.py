@@ -18,7 +18,7 @@ class ExitView:
         rows: which rows these are (branch-major: row r is sample r % B).
         hidden: their hidden state [n, ...].
         previous: their hidden state before the last block, [n, ...] (saturation rules compare the two).
-        uncertainty: computes the uncertainty head here, [n, C, H, W] or [n]; what it costs enters the trace.
+        uncertainty: computes the uncertainty head here, its mean per row [n] in [0, 1]; the cost enters the trace.
     """
 
     depth: int

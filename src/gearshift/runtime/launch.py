@@ -23,6 +23,14 @@ def world_size() -> int:
     return _place(os.environ)[1]
 
 
+def local_rank() -> int:
+    """The number of this process among those on its node: which device is its own."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID") if launched_externally() else ():
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
 def is_main() -> bool:
     """Whether this is the process that speaks and writes shared files."""
     return rank() == 0

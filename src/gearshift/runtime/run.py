@@ -14,7 +14,6 @@ resume, and a finished run answers with its JSON.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -62,28 +61,25 @@ def weights_hash(cfg: config.Node, irrelevant: Collection[str]) -> str:
 
 def weights_settings(cfg: config.Node, irrelevant: Collection[str]) -> Any:
     """What `weights_hash` hashes, as plain values."""
-    tree = copy.deepcopy(config.plain(cfg))
-    for path in irrelevant:
-        *parents, last = path.split(".")
-        node: Any = tree
-        for key in parents:
-            node = node.get(key) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.pop(last, None)
-    return _essential(tree, "")
+    return _essential(config.plain(cfg), "", frozenset(irrelevant))
 
 
-def _essential(tree: Any, path: str) -> Any:
+def _essential(tree: Any, path: str, irrelevant: frozenset[str]) -> Any:
     if isinstance(tree, dict) and config.TARGET in tree:
         target = config.locate(tree[config.TARGET], path)
         fields = {key: value for key, value in tree.items() if key != config.TARGET}
         settings: Any = config.parse(fields, config.schema_of(target), path=path, owner=target)
-        return {config.TARGET: tree[config.TARGET], **_set(settings)}
+        # Dropped after parsing: a field may be needed to be valid and still not matter.
+        kept = {name: value for name, value in _set(settings).items() if f"{path}.{name}" not in irrelevant}
+        return {config.TARGET: tree[config.TARGET], **kept}
     if isinstance(tree, dict):
-        inner = {str(key): _essential(value, f"{path}.{key}".strip(".")) for key, value in tree.items()}
+        places = {str(key): (f"{path}.{key}".strip("."), value) for key, value in tree.items()}
+        inner = {
+            k: _essential(value, place, irrelevant) for k, (place, value) in places.items() if place not in irrelevant
+        }
         return {key: value for key, value in inner.items() if value is not None}
     if isinstance(tree, list):
-        return [_essential(value, f"{path}.{position}") for position, value in enumerate(tree)]
+        return [_essential(value, f"{path}.{position}", irrelevant) for position, value in enumerate(tree)]
     return tree
 
 

@@ -13,6 +13,7 @@ from gearshift.diffusion.solvers.base import Call, Solver
 from gearshift.execution.cost import CostTable
 from gearshift.execution.memory import Memory
 from gearshift.execution.outputs import PACK, Packing
+from gearshift.execution.stream import to_device
 from gearshift.policies.base import Policy, RunInfo
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
@@ -151,13 +152,14 @@ def sample_chunk(
         if call.needs_noise:
             noise = keys.normal(sampler.seed, "step_noise", index, call.position, shape)
         fresh = prediction.called.reshape(run.branches, run.batch).all(0)
+        some = bool(fresh.any()) and not bool(fresh.all())
         solved = solver.advance(
             solved,
             call,
             prediction.eps,
             variance=prediction.variance,
             noise=noise,
-            fresh=True if bool(fresh.all()) else fresh.to(x.device),
+            fresh=to_device(fresh, x.device) if some else bool(fresh.all()),
         )
         if not policy.static:
             state = policy.observe(state, call, x, solver.result(solved), prediction)

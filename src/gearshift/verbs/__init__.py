@@ -8,6 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from gearshift.runtime.errors import UsageError
+
+
+class SweepError(UsageError):
+    """What is wrong with a sweep as a whole: its other jobs would be refused alike."""
+
+
 # verb: (module, one line, examples)
 VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "train": (

@@ -64,7 +64,7 @@ class _Drawn:
         if not self.pays:
             return chosen
         # As a threshold rule does: the head's mean goes to the host.
-        measured = view.uncertainty().flatten(1).mean(1).cpu()
+        measured = view.uncertainty().cpu()
         return chosen & (measured >= 0)
 
 

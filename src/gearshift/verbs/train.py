@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from gearshift.assembly import IRRELEVANT_TO_WEIGHTS, build_data, build_denoiser, build_objective, run_path
-from gearshift.backbones.base import Backbone
-from gearshift.backbones.exits import EarlyExit
-from gearshift.backbones.weights import import_official
+from gearshift.assembly import build_data, build_denoiser, build_objective, irrelevant_to_weights, run_path
+from gearshift.backbones.initial import load_into
 from gearshift.execution.cost import CostTable
 from gearshift.runtime import config, launch
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.run import RunFolder, weights_settings
+from gearshift.verbs import SweepError
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:
@@ -28,13 +26,18 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         return _dry_run(cfg, str(path))
     if (path / "config.yaml").is_file() and (finished := RunFolder.open(path).result) is not None:
         return finished
-    launch.ensure_processes(settings.devices, ["train", *sys.argv[1:]], multirun=_in_sweep())
+    try:
+        launch.ensure_processes(settings.devices, ["train", *sys.argv[1:]], multirun=_in_sweep())
+    except UsageError as error:
+        if _in_sweep():
+            raise SweepError(str(error)) from error
+        raise
     # Weights are drawn on the CPU, so they are the same on every device and in every process.
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         denoiser = build_denoiser(cfg)
     if cfg.init is not None:
-        _begin_from(cfg.init, denoiser.network)
+        load_into(denoiser.network, cfg.init, heads=False)
     objective = build_objective(cfg, denoiser.network)
     data = build_data(cfg, denoiser.network)
     train_split = data.load("train")
@@ -48,18 +51,13 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         objective=objective,
         dataset=train_split,
         run=folder,
-        config_text=json.dumps(weights_settings(cfg, IRRELEVANT_TO_WEIGHTS), sort_keys=True),
+        config_text=json.dumps(
+            {**weights_settings(cfg, irrelevant_to_weights(cfg)), "data_digest": train_split.digest}, sort_keys=True
+        ),
         flip=data.flip,
         logger=config.build(cfg.logger) if cfg.logger else None,
     )
     return answer if launch.is_main() else None
-
-
-def _begin_from(path: str, network: Backbone) -> None:
-    """Fine-tuning: official weights, or an exported file, into the backbone; heads start as they were drawn."""
-    if not Path(path).exists():
-        raise UsageError(f"init={path}: there is no such file or folder")
-    import_official(path, network.backbone if isinstance(network, EarlyExit) else network)
 
 
 def _in_sweep() -> bool:

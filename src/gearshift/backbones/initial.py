@@ -1,0 +1,66 @@
+"""Weights from elsewhere into a network: official files, AdaDiff files, and files of `gearshift export`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gearshift.backbones.base import Backbone
+from gearshift.backbones.exits import EarlyExit
+from gearshift.backbones.weights import exported_state, import_official, load_strict, uncertainty_heads
+from gearshift.runtime.errors import UsageError
+
+_BACKBONE, _UNCERTAINTY = "backbone.", "uncertainty_heads."
+
+
+def load_into(network: Backbone, source: str | os.PathLike[str], *, heads: bool) -> None:
+    """Load the file or folder `source` into `network`, strictly.
+
+    Args:
+        heads: the network's uncertainty heads have to be in the file (a finished model). Without it they may keep the
+            values they were drawn with (fine-tuning); exit heads of their own start as copies of the loaded readout.
+
+    Raises:
+        UsageError: no such file, or it holds heads that the network has no place for, or lacks those it needs.
+        RunError: the file is damaged or does not fit.
+    """
+    if not Path(source).exists():
+        raise UsageError(f"{source}: there is no such file or folder; name a weights file")
+    state = exported_state(source)
+    if state is None:
+        _official(network, source, heads)
+        return
+    inside = {name.removeprefix(_BACKBONE): v for name, v in state.items() if name.startswith(_BACKBONE)}
+    if isinstance(network, EarlyExit):
+        if inside:
+            load_strict(network, state, source)
+            return
+        if heads and network.has_uncertainty:
+            raise UsageError(f"{source} holds no uncertainty heads; use exits=none")
+        load_strict(network.backbone, state, source)
+        network.copy_readout()
+    else:
+        if inside and heads:
+            raise UsageError(
+                f"{source} holds exits, and exits=none has no place for them; use the exits it was made with"
+            )
+        load_strict(network, inside or state, source)
+
+
+def _official(network: Backbone, source: str | os.PathLike[str], heads: bool) -> None:
+    backbone = network.backbone if isinstance(network, EarlyExit) else network
+    found = import_official(source, backbone)
+    if not isinstance(network, EarlyExit):
+        if found and heads:
+            raise UsageError(
+                f"{source} also holds {len(found)} tensors of AdaDiff's uncertainty heads, and exits=none has no place "
+                "for them; use exits=adadiff"
+            )
+        return
+    network.copy_readout()
+    if found:
+        named = uncertainty_heads(found)
+        state = {name.removeprefix(_UNCERTAINTY): value for name, value in named.items()}
+        load_strict(network.uncertainty_heads, state, source)
+    elif heads and network.has_uncertainty:
+        raise UsageError(f"{source} holds no uncertainty heads; use exits=none")
