@@ -22,7 +22,8 @@ setup: .venv/.stamp
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else \
 	"gearshift needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d; say make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,slurm]'
+	@# The variable pins what builds the package too, which -c alone does not reach.
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,slurm]'
 	@touch $@
 
 # Standard output ends with the JSON line of `evaluate`; progress goes to standard error.

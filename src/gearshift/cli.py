@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig
 
 from gearshift import verbs
 from gearshift.runtime.errors import RunError, UsageError, UserError
+from gearshift.runtime.launch import is_main, rank
 from gearshift.runtime.output import emit_json
 from gearshift.runtime.paths import conf_dir
-from gearshift.verbs import SweepError
+from gearshift.verbs import SweepError, settings
 
 DRY_RUN = "--dry-run"
+# Hydra's own, by their long names; and the short ones.
+_OPTIONS = (
+    *("--multirun", "--cfg", "--resolve", "--package", "--run", "--info", "--config-dir", "--config-path"),
+    *("--config-name", "--hydra-help", "--shell-completion", "--experimental-rerun"),
+)
+_SHORT = ("-m", "-c", "-p", "-r", "-i", "-cd", "-cp", "-cn", "-sc")
 
 
-@dataclass
+@dataclasses.dataclass
 class _Outcome:
     """What the jobs of this command line came to; Hydra hands nothing back."""
 
-    failures: list[BaseException] = field(default_factory=list)
+    failures: list[BaseException] = dataclasses.field(default_factory=list)
 
 
 _outcome = _Outcome()
@@ -34,7 +41,7 @@ _outcome = _Outcome()
 def _task(verb: str) -> Callable[[DictConfig], None]:
     def run(cfg: DictConfig) -> None:
         try:
-            answer = verbs.load(verb)(cfg)
+            answer = verbs.load(verb)(settings.check(verb, cfg))
         except Exception as error:
             if _job_runs_elsewhere():
                 raise  # the launcher reports it as this job's failure
@@ -112,7 +119,23 @@ def _verb(arguments: list[str]) -> tuple[str | None, list[str]]:
         if verb != "train":
             raise UsageError(f"{DRY_RUN} belongs to train; for {verb}, --cfg job prints the composed configuration")
         rest = [*(a for a in rest if a != DRY_RUN), "dry_run=true"]
-    return verb, rest
+    return verb, _options_first(rest)
+
+
+def _options_first(arguments: list[str]) -> list[str]:
+    """Options may stand anywhere, though Hydra reads overrides only in one piece. Raises UsageError on unknown ones."""
+    for argument in arguments:
+        option = argument.split("=")[0]
+        if option.startswith("-") and option not in (*_OPTIONS, *_SHORT):
+            import difflib
+
+            near = difflib.get_close_matches(option, (DRY_RUN, *_OPTIONS), 1)
+            raise UsageError(
+                f"there is no option {option}"
+                + (f"; did you mean {near[0]}?" if near else f" (there are {', '.join((DRY_RUN, *_OPTIONS))})")
+            )
+    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    return [*(a for a in arguments if a not in overrides), *overrides]
 
 
 def _hydra(verb: str, rest: list[str]) -> None:
@@ -140,6 +163,8 @@ def _in_user_words(error: BaseException) -> BaseException:
     match = re.search(r"Could not override '([^']+)'", message)
     if match:
         message = f"there is no setting {match[1]!r}{_near(match[1])}"
+    if "'hydra/launcher/submitit" in message:
+        message += " `pip install 'gearshift[slurm]'` brings the launcher."
     usage = UsageError(message)
     usage.__cause__ = error
     return usage
@@ -164,7 +189,8 @@ def _near(key: str) -> str:
             node = node[parent]
         known = [str(name) for name in node if name != config.TARGET]
         target = node.get(config.TARGET)
-        fields = config.schema_of(config.locate(target, key)).__dataclass_fields__ if target else ()
+        schema: Any = config.schema_of(config.locate(target, key)) if target else None
+        fields = [field.name for field in dataclasses.fields(schema)] if schema else []
     except Exception:  # the hint is a courtesy; the message stands without it
         return ""
     if last in fields:
@@ -179,6 +205,10 @@ def _near(key: str) -> str:
 def _report(error: BaseException, which: str = "") -> int:
     if os.environ.get("GEARSHIFT_DEBUG") == "1":
         traceback.print_exception(error)
+    if not is_main():
+        if isinstance(error, UsageError) or _code(error) > 128:
+            return _code(error)  # the main process says the same
+        which = f"process {rank()}: {which}"
     if isinstance(error, UserError):
         print(f"gearshift: {which}{error}", file=sys.stderr)
     elif isinstance(error, OSError):

@@ -135,3 +135,38 @@ def test_a_backbone_without_the_parts_says_so() -> None:
     plain = build("long-skips")
     with pytest.raises(UsageError, match="has none"):
         wrap(plain).null_cond(1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("time_embed", ["none", "concat"])
+@pytest.mark.parametrize("kind", [Isotropic, LongSkips, TwoDecoders])
+def test_mean_uncertainty_is_the_mean_of_the_map(kind: type, time_embed: str) -> None:
+    """What exit rules ask for leaves the assembling out; assembling only moves values about."""
+    for uncertainty, tolerance in (("pixel_map", 1e-6), ("token_mean", 0.0)):
+        network = wrap(kind(), uncertainty=uncertainty, time_embed=time_embed).requires_grad_(False)
+        for parameter in network.uncertainty_heads.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        for path in range(len(network.paths)):
+            for depth in network.exits(path):
+                hidden, time = taps(network, path, depth)
+                values = network.uncertainty(hidden, time, depth, path)
+                assert values.shape == ((5,) if uncertainty == "token_mean" else (5, *image_shape(network)))
+                mean = network.mean_uncertainty(hidden, time, depth, path)
+                wanted = values if uncertainty == "token_mean" else values.flatten(1).mean(1)
+                torch.testing.assert_close(mean, wanted, rtol=0, atol=tolerance)
+                assert len(set(mean.tolist())) == 5
+
+
+def image_shape(network: EarlyExit) -> tuple[int, int, int]:
+    return network.in_channels, network.image_size, network.image_size
+
+
+def taps(network: EarlyExit, path: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of five rows after `depth` blocks of `path`, and the time they were fed."""
+    x, time = torch.randn(5, *image_shape(network)), torch.rand(5) * 900
+    stream = network.embed(x, time, torch.arange(5) % 3 if network.cond_kind == "class" else None)
+    for block in network.paths[path][:depth]:
+        skip = stream.pop() if block in network.pops else None
+        stream.hidden = network.blocks[block](stream.hidden, stream.cond, skip)
+        if block in network.pushes:
+            stream.push()
+    return stream.hidden, time

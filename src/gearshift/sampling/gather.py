@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import datetime
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gearshift.runtime.launch import is_main, world_size
+from gearshift.runtime.launch import is_main, rank, world_size
 from gearshift.sampling.ledger import LedgerData
 from gearshift.sampling.loop import Chunk
 
@@ -46,10 +49,26 @@ def gather_chunks(mine: Sequence[Chunk]) -> Gathered | None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        _meet()
     everything: list[list[Chunk]] | None = [[] for _ in range(world_size())] if is_main() else None
     dist.gather_object(local, everything)
     if everything is None:
         return None
     merged = sorted((chunk for part in everything for chunk in part), key=lambda chunk: int(chunk.index[0]))
     return Gathered(tuple(merged))
+
+
+def _meet() -> None:
+    import torch.distributed as dist
+
+    if "MASTER_ADDR" not in os.environ:  # srun names the nodes, but not where to meet
+        from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+        os.environ["MASTER_ADDR"] = SLURMEnvironment.resolve_root_node_address(nodes)
+        # Of its own for each job, and the same in all of its processes.
+        os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])))
+    # Processes meet when they are through with their chunks, which may be long after one another.
+    dist.init_process_group("gloo", rank=rank(), world_size=world_size(), timeout=datetime.timedelta(days=1))
+    # Left to the end of the interpreter, its threads abort the process.
+    atexit.register(dist.destroy_process_group)

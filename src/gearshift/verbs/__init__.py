@@ -62,6 +62,7 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "gearshift bench",
             "gearshift bench backbone=uvit_cifar10 batch=64 repeats=10",
+            "gearshift bench training=true batch=64",
             "gearshift bench run=RUN policy=uncertainty_exit policy.threshold=0.1",
         ),
     ),

@@ -7,7 +7,7 @@ given, its own heads decide who leaves; else weights are random and depths are d
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,14 @@ from gearshift.evaluation.throughput import BUSY, Timing, interleave
 from gearshift.execution.cost import CostTable
 from gearshift.execution.exits import ExitView
 from gearshift.execution.plan import FULL, StepPlan
+from gearshift.objectives.base import Batch, Draws, Objective
+from gearshift.objectives.deediff import DeeDiff, DeeDiffConfig
+from gearshift.objectives.simple import Simple, SimpleConfig
 from gearshift.policies import FixedDepth, Full, Policy
 from gearshift.policies.base import RunInfo
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
-from gearshift.runtime.progress import Progress
+from gearshift.runtime.progress import Progress, note
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         exits = network.exits()
         policies["fixed"] = FixedDepth(exits[len(exits) // 2])
         policies["drawn"] = DrawnExits(cfg.seed)
+    if cfg.training:
+        return _training(denoiser, cfg, device, dtype)
     bench = _Bench(denoiser, solver, cfg, table, device, dtype)
     rows, others = bench.run(policies)
     busy = others is not None and others > BUSY
@@ -110,6 +115,48 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     }
     _show(answer)
     return answer
+
+
+def _training(denoiser: Denoiser, cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Seconds of a training step (forward and backward) with DeeDiff's objective over every exit, per plain step."""
+    network = denoiser.network.train().requires_grad_(True)
+    shape = (network.in_channels, network.image_size, network.image_size)
+    slot = torch.arange(cfg.batch, device=device)
+    images = keys.normal(cfg.seed, "bench_images", slot, 0, shape).clamp(-1, 1)
+    cond = network.example_cond(cfg.batch, device)
+    batch = Batch(images, cond, slot, 0)
+
+    def step(objective: Objective) -> Callable[[], None]:
+        objective.check(network)
+
+        def run() -> None:
+            network.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = objective.loss(denoiser, batch, Draws(cfg.seed, batch))["loss"]
+            loss.backward()
+
+        return run
+
+    methods = {"plain": step(Simple(SimpleConfig())), "every exit": step(DeeDiff(DeeDiffConfig()))}
+    with Progress(2 * (cfg.repeats + cfg.warmup), "bench, training steps", unit="steps") as progress:
+        timings, others = interleave(
+            methods, cfg.repeats, device, warmup=cfg.warmup, on_run=lambda _: progress.update(1)
+        )
+    busy = others is not None and others > BUSY
+    added = timings["every exit"].ratio_of(timings["plain"]) - 1
+    note(
+        f"training step at batch {cfg.batch}: {1000 * timings['plain'].median:.1f} ms, every exit adds {added:.1%}"
+        + (f" (other processes used {others:.0%} of the CPU time: measure again)" if busy else "")
+    )
+    return {
+        "added_by_exits": added,
+        "plain_ms": 1000 * timings["plain"].median,
+        "every_exit_ms": 1000 * timings["every exit"].median,
+        "spread": max(timing.spread for timing in timings.values()),
+        "other_processes": others,
+        "busy": busy,
+        "conditions": {**conditions(device, dtype), "batch": cfg.batch, "repeats": cfg.repeats},
+    }
 
 
 def _denoiser(cfg: DictConfig, device: torch.device) -> Denoiser:

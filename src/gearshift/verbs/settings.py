@@ -1,0 +1,132 @@
+"""The top level of every verb's configuration: one dataclass each, so that a typo or a wrong type is refused at once.
+
+Groups (backbone, policy, ...) are checked by the classes they name; these are the plain settings beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from gearshift.runtime import config
+from gearshift.runtime.paths import conf_dir
+
+MISSING: Any = "???"
+
+
+@dataclass
+class Train:
+    name: str = "custom"
+    seed: int = 0
+    init: str | None = None
+    runs_dir: str = "runs"
+    shrink: bool = False
+    dry_run: bool = False
+
+
+@dataclass
+class Sample:
+    run: str = MISSING
+    num_images: int = 64
+    start: int = 0
+    seed: int = 0
+    guidance: float | None = None
+    s: float | None = None
+    labels: str = "uniform"
+    chunk: int = 256
+    ema: bool = True
+    device: str = "auto"
+    precision: str = "fp32"
+    out: str | None = None
+
+
+@dataclass
+class Evaluate:
+    run: str = MISSING
+    data_path: str | None = None
+    ema: bool = True
+    device: str = "auto"
+    precision: str = "fp32"
+    out: str | None = None
+
+
+@dataclass
+class Profile:
+    run: str | None = None
+    guidance: float = 1.0
+    shrink: bool = False
+
+
+@dataclass
+class Bench:
+    run: str | None = None
+    batch: int = 256
+    guidance: float = 1.0
+    strata: int = 8
+    repeats: int = 15
+    warmup: int = 3
+    training: bool = False
+    threads: int | None = None
+    target: float = 0.85
+    device: str = "auto"
+    precision: str = "fp32"
+    seed: int = 0
+    shrink: bool = False
+
+
+@dataclass
+class Import:
+    weights: str = MISSING
+    name: str = "imported"
+    runs_dir: str = "runs"
+
+
+@dataclass
+class Export:
+    run: str = MISSING
+    out: str | None = None
+    ema: bool = True
+    dtype: str = "fp32"
+
+
+@dataclass
+class List:
+    group: str | None = None
+
+
+SCHEMAS: dict[str, type] = {
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "profile": Profile,
+    "bench": Bench,
+    "import": Import,
+    "export": Export,
+    "list": List,
+}
+
+
+def groups(verb: str) -> tuple[str, ...]:
+    """The configuration groups of a verb, from its file's defaults list."""
+    cfg = OmegaConf.load(conf_dir() / f"{verb}.yaml")
+    assert isinstance(cfg, DictConfig)
+    found = [str(key) for entry in cfg.get("defaults", []) if not isinstance(entry, str) for key in entry]
+    return tuple(name.removeprefix("optional ") for name in found if "hydra" not in name)
+
+
+def check(verb: str, cfg: DictConfig) -> DictConfig:
+    """The configuration with its plain settings read by the verb's schema.
+
+    Raises:
+        UsageError: an unknown key, a missing value or a value of the wrong type.
+    """
+    own = groups(verb)
+    plain = {key: value for key, value in config.plain(cfg).items() if key not in own}
+    settings: Any = config.parse(plain, SCHEMAS[verb], owner=SCHEMAS[verb])
+    checked = cfg.copy()
+    OmegaConf.set_struct(checked, False)
+    for name in settings.__dataclass_fields__:
+        checked[name] = getattr(settings, name)
+    return checked

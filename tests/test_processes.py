@@ -1,0 +1,274 @@
+"""The program as processes: several that work as one, and one that is killed, stopped, or finds the disk full."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from gearshift import cli
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+PROGRAM = ("-m", "gearshift.cli")
+TRAIN = ["train", "experiment=digits", "+debug=tiny", "trainer.accelerator=cpu", "trainer.batch_size=8"]
+# Long enough to be hit in the middle, with checkpoints and lines in every stretch. How often neither changes the run.
+LONG = [*TRAIN, "trainer.max_steps=400", "trainer.warmup_steps=10", "trainer.log_every=5"]
+OFTEN = "trainer.checkpoint_every_steps=3"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def start(*arguments, launcher=PROGRAM, environment=None, **settings):
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+        **settings,
+    )
+
+
+def finish(process):
+    """The answer of a process that does well: the one line of its standard output."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    [line] = out.splitlines()
+    return json.loads(line)
+
+
+def torchrun(count):
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *PROGRAM)
+
+
+def complaint(err):
+    [line] = [line for line in err.splitlines() if line.startswith("gearshift: ")]
+    assert "Traceback" not in err
+    return line.removeprefix("gearshift: ")
+
+
+def only_run(folder):
+    [run] = (folder / "digits").iterdir()
+    return run
+
+
+def last(run):
+    return run / "checkpoints" / "last.ckpt"
+
+
+def state(run):
+    found = torch.load(last(run), weights_only=True)
+    found["gearshift"].pop("seconds")
+    return found
+
+
+def assert_equal(a, b, path=""):
+    """Two nested structures are the same, tensors bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}.{number}")
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEARSHIFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        assert cli.run([*TRAIN, f"runs_dir={folder}"]) == 0
+    return only_run(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The long run, not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    cache = {"GEARSHIFT_CACHE": str(tmp_path_factory.getbasetemp() / "cache"), "OMP_NUM_THREADS": "1"}
+    finish(start(*LONG, f"runs_dir={folder}", environment=cache))
+    return only_run(folder)
+
+
+# Several that work as one --------------------------------------------------------------------------------------------
+
+
+def test_two_devices_train_what_one_does(tmp_path):
+    command = [*TRAIN, "trainer.max_steps=12", "trainer.accumulate=2"]
+    one = finish(start(*command, "runs_dir=one"))
+    two = finish(start(*command, "runs_dir=two", "trainer.devices=2"))
+    assert two["steps"] == one["steps"] == 12
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    a, b = only_run(tmp_path / "one"), only_run(tmp_path / "two")
+    assert a.name == b.name, "devices do not change the weights, so they do not change the folder's hash"
+    for one_weights, two_weights in (
+        (state(a)["state_dict"], state(b)["state_dict"]),
+        (state(a)["gearshift"]["ema"]["weights"], state(b)["gearshift"]["ema"]["weights"]),
+    ):
+        assert one_weights.keys() == two_weights.keys()
+        for name, value in one_weights.items():
+            torch.testing.assert_close(two_weights[name], value, rtol=0, atol=1e-6, msg=name)
+    # On one device again, the finished run answers.
+    assert finish(start(*command, "runs_dir=two")) == two
+
+
+def test_a_mistake_is_told_once_by_two_processes(tmp_path):
+    process = start(*TRAIN, "trainer.devices=2", "exits=none")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert out == ""
+    assert "needs uncertainty heads" in complaint(err)
+
+
+SAMPLE = ["num_images=21", "start=3", "chunk=4", "solver.steps=6", "device=cpu", "guidance=1.5"]
+
+
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [
+        (2, ["policy=full", "solver=ddpm"]),
+        (2, ["policy=uncertainty_exit", "policy.threshold=0.5"]),
+        (3, ["policy=uncertainty_exit", "policy.threshold=0.5"]),
+    ],
+)
+def test_any_number_of_processes_samples_the_same_bits(trained, count, settings):
+    command = ["sample", f"run={trained}", *SAMPLE, *settings]
+    one = finish(start(*command, "out=one"))
+    many = finish(start(*command, "out=many", launcher=torchrun(count)))
+    files = ("images", "grid", "ledger")
+    assert {k: v for k, v in many.items() if k not in files} == {k: v for k, v in one.items() if k not in files}
+    for file in ("images.npz", "ledger.npz"):
+        with np.load(f"one/{file}") as a, np.load(f"many/{file}") as b:
+            assert sorted(a) == sorted(b)
+            for name in a:
+                np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    with np.load("one/images.npz") as images, np.load("one/ledger.npz") as ledger:
+        assert images["index"].tolist() == list(range(3, 24))
+        assert len(np.unique(images["arr_0"].reshape(21, -1), axis=0)) == 21
+        adaptive = "policy=uncertainty_exit" in settings
+        assert (len(np.unique(ledger["depth"])) > 1) == adaptive, "the exits have to differ to prove anything"
+
+
+def test_processes_without_work_leave_quietly(trained):
+    command = ["sample", f"run={trained}", "num_images=2", "chunk=4", "solver.steps=2", "device=cpu", "out=few"]
+    process = start(*command, launcher=torchrun(3))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert [json.loads(line)["num_images"] for line in out.splitlines()] == [2]
+    assert "terminate" not in err
+
+
+def test_tasks_of_a_slurm_step_find_each_other(trained):
+    command = ["sample", f"run={trained}", *SAMPLE, "policy=full"]
+    finish(start(*command, "out=one"))
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "sample"}
+    step["SLURM_JOB_ID"] = str(random.randrange(10_000))  # the port follows from it
+    tasks = [start(*command, "out=two", environment={**step, "SLURM_PROCID": str(number)}) for number in range(2)]
+    assert finish(tasks[0])["num_images"] == 21
+    assert tasks[1].communicate(timeout=300)[0] == ""
+    assert tasks[1].returncode == 0
+    with np.load("one/images.npz") as a, np.load("two/images.npz") as b:
+        np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
+
+
+# One that does not get to its end --------------------------------------------------------------------------------------
+
+
+def begin(*arguments, **settings):
+    """Starts a training and returns when its first step is about to be made."""
+    process = start(*arguments, **settings)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("train: "):
+            return process
+    pytest.fail("".join(said))
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(whole, tmp_path):
+    command = [*LONG, OFTEN, f"runs_dir={tmp_path}"]
+    chance = random.Random()
+    reached = []
+    for attempt in range(4):
+        process = begin(*command)
+        run = only_run(tmp_path)
+        before = last(run).stat().st_mtime_ns if last(run).exists() else 0
+        # Every other time not before something new was saved, so that the run gets on.
+        while attempt % 2 and not (last(run).exists() and last(run).stat().st_mtime_ns != before):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 1))
+        assert process.poll() is None, "it was through before it could be killed"
+        process.kill()
+        process.communicate()
+        reached.append(state(run)["global_step"] if last(run).exists() else 0)
+    assert reached == sorted(reached)
+    assert 0 < reached[-1] < 400
+    assert finish(start(*command))["steps"] == 400
+    assert run.name == whole.name
+    assert_equal(state(run), state(whole))
+    steps = [int(line.split(",")[0]) for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == list(range(5, 401, 5))
+
+
+def test_stopped_and_then_out_of_room_it_keeps_what_it_has_and_goes_on(whole, tmp_path):
+    command = [*LONG, f"runs_dir={tmp_path}"]
+    process = begin(*command)
+    run = only_run(tmp_path)
+    while not (run / "metrics.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert out == ""
+    saved = state(run)["global_step"]
+    assert 0 < saved < 400
+    line = complaint(err)
+    assert line == (
+        f"stopped by SIGTERM after step {saved} of 400, which is saved; run the same command again to go on"
+    )
+    # No file may grow to the size of a checkpoint from now on.
+    kept = last(run).read_bytes()
+    room = len(kept) // 2
+    process = start(*command, OFTEN, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert out == ""
+    line = complaint(err)
+    assert f"could not write {last(run)} (File too large)" in line
+    assert "the previous file is intact" in line
+    assert last(run).read_bytes() == kept
+    assert not list(run.rglob("*.partial"))
+    # The last good checkpoint gives images, and the run goes on from it to the very end it would have come to.
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert finish(start("sample", f"run={copy}", "num_images=2", "solver.steps=2", "device=cpu"))["num_images"] == 2
+    process = start(*command)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f"resuming {run} after step {saved} of 400" in err
+    assert json.loads(out)["steps"] == 400
+    assert_equal(state(run), state(whole))
