@@ -59,8 +59,9 @@ def test_an_experiment_runs_two_steps(name, photographs, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path / "cache"))
     cfg = composed("train", f"experiment={name}")
+    small = ["+debug=tiny", "trainer.accelerator=cpu", "trainer.batch_size=4", "trainer.accumulate=1"]
     local = [f"data.path={photographs}"] if "Cifar10" in cfg.data._target_ else []
-    assert cli.run(["train", f"experiment={name}", "+debug=tiny", "trainer.accelerator=cpu", *local]) == 0
+    assert cli.run(["train", f"experiment={name}", *small, *local]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert answer["steps"] == 2
     assert np.isfinite(answer["loss"])

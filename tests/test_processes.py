@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+import gearshift
 from gearshift import cli
+from gearshift.assembly import named
+from gearshift.policies import UncertaintyExit
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -96,11 +99,11 @@ def assert_equal(a, b, path=""):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two steps."""
+    """A run of a few steps, of which it is not equally certain everywhere."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEARSHIFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        assert cli.run([*TRAIN, f"runs_dir={folder}"]) == 0
+        assert cli.run([*TRAIN, "trainer.max_steps=100", "trainer.warmup_steps=10", f"runs_dir={folder}"]) == 0
     return only_run(folder)
 
 
@@ -146,29 +149,39 @@ def test_a_mistake_is_told_once_by_two_processes(tmp_path):
 SAMPLE = ["num_images=21", "start=3", "chunk=4", "solver.steps=6", "device=cpu", "guidance=1.5"]
 
 
-@pytest.mark.parametrize(
-    ("count", "settings"),
-    [
-        (2, ["policy=full", "solver=ddpm"]),
-        (2, ["policy=uncertainty_exit", "policy.threshold=0.5"]),
-        (3, ["policy=uncertainty_exit", "policy.threshold=0.5"]),
-    ],
-)
-def test_any_number_of_processes_samples_the_same_bits(trained, count, settings):
-    command = ["sample", f"run={trained}", *SAMPLE, *settings]
+@pytest.fixture(scope="module")
+def threshold(trained):
+    """Of the uncertainty at which the images of this run leave at several depths, found by halving."""
+    run = gearshift.load(trained, device="cpu")
+    solver = {**named("solver", "ddim"), "steps": 6}
+    low, high = 0.0, 1.0
+    for _ in range(25):
+        middle = (low + high) / 2
+        depth = run.sample(12, policy=UncertaintyExit(middle), solver=solver, guidance=1.5).ledger.depth
+        if len(np.unique(depth)) > 2:
+            return middle
+        low, high = (middle, high) if depth.mean() > 4 else (low, middle)
+    pytest.fail(f"all leave at one depth below and above {low}")
+
+
+@pytest.mark.parametrize(("policy", "counts"), [("full", [2]), ("uncertainty_exit", [2, 3])])
+def test_any_number_of_processes_samples_the_same_bits(trained, threshold, policy, counts):
+    adaptive = policy == "uncertainty_exit"
+    own = [f"policy.threshold={threshold}"] if adaptive else ["solver=ddpm"]  # which draws noise in every step
+    command = ["sample", f"run={trained}", *SAMPLE, f"policy={policy}", *own]
     one = finish(start(*command, "out=one"))
-    many = finish(start(*command, "out=many", launcher=torchrun(count)))
-    files = ("images", "grid", "ledger")
-    assert {k: v for k, v in many.items() if k not in files} == {k: v for k, v in one.items() if k not in files}
-    for file in ("images.npz", "ledger.npz"):
-        with np.load(f"one/{file}") as a, np.load(f"many/{file}") as b:
-            assert sorted(a) == sorted(b)
-            for name in a:
-                np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    for count in counts:
+        many = finish(start(*command, "out=many", launcher=torchrun(count)))
+        files = ("images", "grid", "ledger")
+        assert {k: v for k, v in many.items() if k not in files} == {k: v for k, v in one.items() if k not in files}
+        for file in ("images.npz", "ledger.npz"):
+            with np.load(f"one/{file}") as a, np.load(f"many/{file}") as b:
+                assert sorted(a) == sorted(b)
+                for name in a:
+                    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     with np.load("one/images.npz") as images, np.load("one/ledger.npz") as ledger:
         assert images["index"].tolist() == list(range(3, 24))
         assert len(np.unique(images["arr_0"].reshape(21, -1), axis=0)) == 21
-        adaptive = "policy=uncertainty_exit" in settings
         assert (len(np.unique(ledger["depth"])) > 1) == adaptive, "the exits have to differ to prove anything"
 
 
@@ -194,7 +207,7 @@ def test_tasks_of_a_slurm_step_find_each_other(trained):
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
 
 
-# One that does not get to its end --------------------------------------------------------------------------------------
+# One that does not get to its end -----------------------------------------------------------------------------------
 
 
 def begin(*arguments, **settings):

@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
@@ -20,12 +20,6 @@ from gearshift.runtime.paths import conf_dir
 from gearshift.verbs import SweepError, settings
 
 DRY_RUN = "--dry-run"
-# Hydra's own, by their long names; and the short ones.
-_OPTIONS = (
-    *("--multirun", "--cfg", "--resolve", "--package", "--run", "--info", "--config-dir", "--config-path"),
-    *("--config-name", "--hydra-help", "--shell-completion", "--experimental-rerun"),
-)
-_SHORT = ("-m", "-c", "-p", "-r", "-i", "-cd", "-cp", "-cn", "-sc")
 
 
 @dataclasses.dataclass
@@ -123,19 +117,27 @@ def _verb(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _options_first(arguments: list[str]) -> list[str]:
-    """Options may stand anywhere, though Hydra reads overrides only in one piece. Raises UsageError on unknown ones."""
-    for argument in arguments:
-        option = argument.split("=")[0]
-        if option.startswith("-") and option not in (*_OPTIONS, *_SHORT):
-            import difflib
-
-            near = difflib.get_close_matches(option, (DRY_RUN, *_OPTIONS), 1)
-            raise UsageError(
-                f"there is no option {option}"
-                + (f"; did you mean {near[0]}?" if near else f" (there are {', '.join((DRY_RUN, *_OPTIONS))})")
-            )
+    """Options may stand anywhere, though Hydra reads overrides only in one piece. Raises UsageError on wrong ones."""
     overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
-    return [*(a for a in arguments if a not in overrides), *overrides]
+    ordered = [*(a for a in arguments if a not in overrides), *overrides]
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    known = [DRY_RUN, *(name for action in parser._actions for name in action.option_strings if name[:2] == "--")]
+
+    def refuse(message: str) -> NoReturn:
+        import difflib
+
+        unknown = message.partition("unrecognized arguments: ")[2]
+        if not unknown:
+            raise UsageError(message)
+        near = difflib.get_close_matches(unknown.split("=")[0].split(" ")[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}"
+        raise UsageError(f"there is no option {unknown}; {hint}")
+
+    parser.error = refuse  # type: ignore[method-assign]  # argparse would print its usage and leave
+    parser.parse_args(ordered)
+    return ordered
 
 
 def _hydra(verb: str, rest: list[str]) -> None:

@@ -84,7 +84,7 @@ def test_the_machine_is_watched_from_the_end_of_the_warm_up(monkeypatch: pytest.
 
 
 def test_a_ratio_is_the_median_of_ratios_within_rounds(clock: Clock) -> None:
-    """The machine slows down fivefold for two of five rounds: every round's ratio is 0.5, that of the medians is not."""
+    """The machine is five times slower for two rounds, and in one more for one method: the ratio of medians is off."""
     full, exits = (2.0, 2.0, 10.0, 10.0, 2.0), (1.0, 5.0, 5.0, 5.0, 1.0)
     methods = {"full": clock.takes("full", *full), "exits": clock.takes("exits", *exits)}
     timings, _ = interleave(methods, 5, CPU, warmup=0)
@@ -96,7 +96,7 @@ def test_a_ratio_is_the_median_of_ratios_within_rounds(clock: Clock) -> None:
 
 
 def test_ratios_need_the_same_rounds() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer than"):
         Timing((1.0,)).ratio_of(Timing((1.0, 2.0)))
 
 
@@ -155,9 +155,7 @@ def test_counters_of_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     stat = tmp_path / "stat"
     stat.write_text("cpu  100 20 30 5000 700 4 6 40 9 9\ncpu0 1 2 3 4\n")
     real = open
-    monkeypatch.setattr(
-        "builtins.open", lambda path, *a, **k: real(stat if path == "/proc/stat" else path, *a, **k)
-    )
+    monkeypatch.setattr("builtins.open", lambda path, *a, **k: real(stat if path == "/proc/stat" else path, *a, **k))
     monkeypatch.setattr(conditions.os, "sysconf", lambda name: {"SC_CLK_TCK": 50}[name])
     assert conditions._busy_seconds() == 200 / 50
     stat.write_text("nothing of the kind\n")
@@ -272,9 +270,9 @@ def test_strata_weigh_by_what_full_compute_takes(
 
 def test_a_busy_machine_gets_no_verdict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One disturbed noise level is enough."""
-    shares = iter([0.0, BUSY + 0.2, 0.0, 0.0])
+    shares = iter([0.02, BUSY + 0.2, 0.04])
     monkeypatch.setattr(Quiet, "others", lambda self: next(shares))
-    assert cli.run(["bench", *TINY]) == 0
+    assert cli.run(["bench", *TINY, "strata=3"]) == 0
     captured = capsys.readouterr()
     answer = json.loads(captured.out.splitlines()[-1])
     assert answer["busy"] is True

@@ -229,5 +229,3 @@ def test_ledger_of_branches_that_decide_for_themselves(name: str, packing: Packi
     for k, call in enumerate(s.calls()):
         path = path_at(s.denoiser, call.time)
         assert ledger.macs[k].tolist() == [[cost(path, int(z)) for z in branch] for branch in ledger.depth[k]]
-
-

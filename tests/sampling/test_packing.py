@@ -111,7 +111,7 @@ NETWORKS = {"long-skips": (LongSkips, 1.0), "uvit": (_uvit, 1.0), "uvit-guided":
 def sampler(request: pytest.FixtureRequest) -> Sampler:
     """Six DDIM calls of a network with uncertainties that spread over [0, 1].
 
-    The process ends at alpha 0.37: with random weights, from pure noise on, a step would multiply rounding by 1 / alpha.
+    The process ends at alpha 0.37: from pure noise on, a step of random weights multiplies rounding by 1 / alpha.
     """
     factory, guidance = NETWORKS[request.param]
     with torch.random.fork_rng():
@@ -122,7 +122,9 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     network.eval().requires_grad_(False)
     solver = DDIM(DDIMConfig(steps=6))
-    return Sampler(Denoiser(network, Discrete(DiscreteConfig(beta_end=0.004))), solver, UncertaintyExit(0.5), 3, B, guidance)
+    return Sampler(
+        Denoiser(network, Discrete(DiscreteConfig(beta_end=0.004))), solver, UncertaintyExit(0.5), 3, B, guidance
+    )
 
 
 def run(sampler: Sampler, policy: Policy, packing: Packing) -> Chunk:
@@ -172,7 +174,8 @@ def test_replayed_decisions_in_half_precision(sampler: Sampler) -> None:
         assert float(error.mean()) <= 2**-8 * float(packed.images.std())
         assert float(error.max()) <= 2**-5 * float(packed.images.std())
     other = run(half, UncertaintyExit(0.0), SIMULATE).images
-    assert float((packed.images - other).abs().mean()) > 2**-5 * float(other.std()), "other depths have to be further than rounding"
+    moved = float((packed.images - other).abs().mean())
+    assert moved > 2**-5 * float(other.std()), "other depths have to be further than rounding"
 
 
 def first_flips(packed: Chunk, simulated: Chunk) -> dict[int, tuple[int, int]]:
@@ -210,9 +213,7 @@ def test_independent_decisions_part_only_at_the_threshold(sampler: Sampler) -> N
         run(sampler, ours, EAGER)
         run(sampler, theirs, SIMULATE)
         apart = [
-            max(value, theirs.seen[key])
-            for key, value in ours.seen.items()
-            if theirs.seen.get(key, value) != value
+            max(value, theirs.seen[key]) for key, value in ours.seen.items() if theirs.seen.get(key, value) != value
         ]
         near = sorted(apart, key=lambda at: abs(at - middle))[:5]
         flips = [check(sampler, at) for at in near]

@@ -59,8 +59,7 @@ def _official(network: Backbone, source: str | os.PathLike[str], heads: bool) ->
         return
     network.copy_readout()
     if found:
-        named = uncertainty_heads(found)
-        state = {name.removeprefix(_UNCERTAINTY): value for name, value in named.items()}
-        load_strict(network.uncertainty_heads, state, source)
+        rest = {name: value for name, value in network.state_dict().items() if not name.startswith(_UNCERTAINTY)}
+        load_strict(network, {**rest, **uncertainty_heads(found)}, source)
     elif heads and network.has_uncertainty:
         raise UsageError(f"{source} holds no uncertainty heads; use exits=none")

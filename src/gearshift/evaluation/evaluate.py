@@ -34,7 +34,7 @@ from gearshift.sampling.ledger import LedgerData
 from gearshift.sampling.loop import Sampler, sample, sample_chunk
 
 METRICS: Mapping[str, str] = {
-    "classifier": "Fréchet distance on the features of a classifier trained on the data (fd_classifier_<data>)",
+    "classifier": "label agreement of a classifier trained on the data, and Fréchet distance on its features",
     "random_vgg16": "Fréchet distance on standardised random VGG16 features, mean over seeds (fd_random_vgg16_64)",
     "random_conv": "Fréchet distance on standardised random convolution features, mean over seeds",
     "inception": "FID on Inception 2015-12-05, where its weights are present",
@@ -106,6 +106,31 @@ class Evaluation:
     Config = EvaluationConfig
 
 
+def plan_rows(settings: EvaluationConfig, make_sampler: Callable[..., Sampler]) -> list[tuple[str, str, Sampler]]:
+    """(row name, solver name, sampler) of every configured row; full compute of each solver first.
+
+    Everything is built and checked, so that a mistake shows before anything is computed. Raises UsageError.
+    """
+    several = len(settings.solvers) > 1
+    rows = []
+    for solver_name, solver_node in settings.solvers.items():
+        solver = build_solver(solver_node)
+        suffix = f" @ {solver_name}" if several else ""
+        rows.append((f"full{suffix}", solver_name, _sampler(settings, make_sampler, Full(), solver)))
+        for name, node in settings.policies.items():
+            policy = build_policy(node)
+            if not isinstance(policy, Full):
+                rows.append((f"{name}{suffix}", solver_name, _sampler(settings, make_sampler, policy, solver)))
+    return rows
+
+
+def _sampler(settings: EvaluationConfig, make_sampler: Callable[..., Sampler], policy: Any, solver: Any) -> Sampler:
+    labels: str | int = int(settings.labels) if settings.labels.isdigit() else settings.labels
+    return make_sampler(
+        policy, solver, seed=settings.seed, guidance=settings.guidance, labels=labels, chunk=settings.chunk
+    )
+
+
 class Evaluator:
     """Runs an evaluation.
 
@@ -140,30 +165,11 @@ class Evaluator:
         self._reference: dict[str, Sequence[Accumulator]] = {}
 
     def sampler(self, policy: Any, solver: Any) -> Sampler:
-        s = self.settings
-        labels: str | int = int(s.labels) if s.labels.isdigit() else s.labels
-        return self._make_sampler(policy, solver, seed=s.seed, guidance=s.guidance, labels=labels, chunk=s.chunk)
-
-    def planned(self) -> list[tuple[str, str, Sampler]]:
-        """(row name, solver name, sampler) of every configured row; full compute of each solver first.
-
-        Everything is built and checked before the first image.
-        """
-        several = len(self.settings.solvers) > 1
-        rows = []
-        for solver_name, solver_node in self.settings.solvers.items():
-            solver = build_solver(solver_node)
-            suffix = f" @ {solver_name}" if several else ""
-            rows.append((f"full{suffix}", solver_name, self.sampler(Full(), solver)))
-            for name, node in self.settings.policies.items():
-                policy = build_policy(node)
-                if not isinstance(policy, Full):
-                    rows.append((f"{name}{suffix}", solver_name, self.sampler(policy, solver)))
-        return rows
+        return _sampler(self.settings, self._make_sampler, policy, solver)
 
     def run(self) -> None:
         """Sample every row, compare, add the equal-MACs baselines, and take the times."""
-        planned = self.planned()
+        planned = plan_rows(self.settings, self._make_sampler)
         self._table = CostTable.measure(planned[0][2].denoiser.network)
         full: dict[str, str] = {}
         for name, solver_name, sampler in planned:

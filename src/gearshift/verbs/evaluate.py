@@ -18,7 +18,7 @@ from gearshift.runtime.progress import Progress
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     from gearshift.evaluation.classifier import Classifier, get_classifier
-    from gearshift.evaluation.evaluate import Evaluation, Evaluator, cache_folder
+    from gearshift.evaluation.evaluate import Evaluation, Evaluator, cache_folder, plan_rows
     from gearshift.evaluation.report import write_report
     from gearshift.evaluation.table import format_table
 
@@ -33,10 +33,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         OmegaConf.update(source, "data.path", cfg.data_path, force_add=True)
     if not source.get("data"):
         raise UsageError(f"run={cfg.run} was imported without data=; evaluate needs the data to compare with")
+
+    def make(policy: Any, solver: Any, **settings: Any) -> Any:
+        return loaded.sampler(policy, solver, precision=cfg.precision, **settings)
+
+    plan_rows(evaluation.config, make)  # what cannot be is refused before a classifier is trained
     data = build_data(source, loaded.denoiser.network)
     train = data.load("train")
     classifier: Classifier | None = None
-    if train.labels is not None:
+    if train.labels is not None and "classifier" in evaluation.config.metrics:
         test = data.load("test")
         with Progress(0, f"classifier on {train.name}", unit="steps") as progress:
 
@@ -45,9 +50,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                 progress.update(done - progress.done)
 
             classifier = get_classifier(train, test, cache_folder(), device, tell)
-
-    def make(policy: Any, solver: Any, **settings: Any) -> Any:
-        return loaded.sampler(policy, solver, precision=cfg.precision, **settings)
 
     evaluator = Evaluator(evaluation.config, make, train, classifier, device)
     evaluator.run()
