@@ -144,7 +144,8 @@ def test_branches_leave_apart_and_are_mixed_after_that(case: tuple[str, float]) 
             for packing in PACKINGS:
                 p = d.predict(x, time, labels, plan=plan, guidance=W, packing=packing)
                 assert torch.equal(p.depth, depths)
-                torch.testing.assert_close(p.eps, wanted[:, :channels], **TOLERANCE)
+                # Guidance multiplies the rounding of both branches.
+                torch.testing.assert_close(p.eps, wanted[:, :channels], rtol=1e-5, atol=2 * W * 1e-5)
                 torch.testing.assert_close(p.held.eps, alone[:, :channels], **TOLERANCE)
                 if name == "long-skips":  # variance is never mixed
                     assert p.variance is not None

@@ -6,7 +6,7 @@ beyond the time value it is fed, and nothing of policies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,10 @@ class Backbone(nn.Module):
     def readout(self, hidden: Tensor, cond: dict[str, Tensor], depth: int, path: int = 0) -> Tensor:
         """Prediction [n, out_channels, H, W] from the hidden state after `depth` blocks."""
         raise NotImplementedError
+
+    def readout_key(self, depth: int, path: int = 0) -> Hashable:
+        """Depths and paths with equal keys have the very same readout, so rows from all of them may share one call."""
+        return path, depth
 
     def readouts(
         self, hiddens: Sequence[Tensor], cond: dict[str, Tensor], depths: Sequence[int], path: int = 0

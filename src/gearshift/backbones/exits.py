@@ -14,7 +14,7 @@ Polarity is uncertainty everywhere: u = 1 - certainty, in [0, 1].
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +179,9 @@ class EarlyExit(Backbone):
         if key in self.exit_heads:
             return self.backbone.readout_with(self.exit_heads[key], hidden, cond, depth, path)
         return self.backbone.readout(hidden, cond, depth, path)
+
+    def readout_key(self, depth: int, path: int = 0) -> Hashable:
+        return (path, depth) if f"{path}_{depth}" in self.exit_heads else self.backbone.readout_key(depth, path)
 
     def readouts(
         self, hiddens: Sequence[Tensor], cond: dict[str, Tensor], depths: Sequence[int], path: int = 0

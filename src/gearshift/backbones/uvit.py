@@ -8,7 +8,7 @@ depth, as in AdaDiff (arXiv 2309.17074).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -241,6 +241,10 @@ class UViT(Backbone):
     def readout(self, hidden: Tensor, cond: dict[str, Tensor], depth: int, path: int = 0) -> Tensor:
         """Shared by all depths: norm, linear to p*p*C, image tokens only, unpatchify, convolution."""
         return self._to_image(self._pixels(hidden), depth)
+
+    def readout_key(self, depth: int, path: int = 0) -> Hashable:
+        """One head serves every depth."""
+        return path
 
     def readouts(
         self, hiddens: Sequence[Tensor], cond: dict[str, Tensor], depths: Sequence[int], path: int = 0

@@ -47,6 +47,7 @@ class _Execution:
         self.rows = stream.rows
         self.device = stream.hidden.device
         self.trace: list[Event] = [Event("embed", 0, 0, "full", stream.rows)]
+        self.unread: list[tuple[int, int, Rows, Tensor, dict[str, Tensor]]] = []
         self.finished: list[tuple[Rows, Tensor]] = []
         self.depth = torch.zeros(stream.rows.total, dtype=torch.int64)
         # A rule's state spans the run's rows, so packing and routing do not move it.
@@ -54,6 +55,7 @@ class _Execution:
         self.tapped: dict[int, list[tuple[Rows, Tensor]]] = {}
         self.tapped_uncertainty: dict[int, list[tuple[Rows, Tensor]]] = {}
         # Path of each of the run's rows, host int64 [R].
+        self.only: int | None = None  # the one path all rows take
         self.path = torch.zeros(stream.rows.total, dtype=torch.int64)
         for name in ("expert", "depth"):
             value = getattr(plan, name)
@@ -83,6 +85,7 @@ class _Execution:
                 if self._runs_on(alive[here]):
                     before = None if previous is None else gather(previous, here)
                     self._walk(stream.take(here), alive[here], path, prefix, previous=before)
+        self._read()
         depth = self.depth if self.rows.index is None else self.depth[self.rows.index]
         return Outputs(
             prediction=self._merge(self.finished),
@@ -103,6 +106,7 @@ class _Execution:
         for path in used:
             if path not in range(len(self.backbone.paths)):
                 raise UsageError(f"expert {path} does not exist; {self.backbone.name} has {len(self.backbone.paths)}")
+        self.only = used[0] if len(used) == 1 else None
         if isinstance(expert, int):
             self.path.fill_(expert)
         else:
@@ -112,6 +116,8 @@ class _Execution:
     def _by_path(self, rows: Rows, mask: Tensor | None = None) -> list[tuple[int, Tensor]]:
         """(path, positions in `rows`) for each path that some row (of those in the host bool `mask`) takes."""
         positions = torch.arange(len(rows)) if mask is None else mask.nonzero().flatten()
+        if self.only is not None:
+            return [(self.only, positions)] if len(positions) else []
         paths = self.path[rows.host()[positions]]
         return [(path, positions[paths == path]) for path in sorted(set(paths.tolist()))]
 
@@ -247,15 +253,28 @@ class _Execution:
         return ExitView(depth, path, exits, rows, hidden, before, uncertainty)
 
     def _leave(self, stream: Stream, depth: int, leaving: Tensor) -> None:
-        """Read out the leaving rows."""
+        """Set the leaving rows aside, to be read out."""
         for path, here in self._by_path(stream.rows, leaving):
             positions = None if len(here) == len(stream.rows) else here
             rows = stream.rows if positions is None else stream.rows.take(positions)
             hidden = gather(stream.hidden, positions)
             cond = {name: gather(value, positions) for name, value in stream.cond.items()}
             self.trace.append(Event("readout", path, depth, "full", rows))
-            self.finished.append((rows, self.backbone.readout(hidden, cond, depth, path)))
+            self.unread.append((path, depth, rows, hidden, cond))
             self.depth[rows.host()] = depth
+
+    def _read(self) -> None:
+        """Read out the rows that left: one call for all that share a readout, at whatever depth they left."""
+        groups: dict[Any, list[tuple[int, int, Rows, Tensor, dict[str, Tensor]]]] = {}
+        for left in self.unread:
+            groups.setdefault(self.backbone.readout_key(left[1], left[0]), []).append(left)
+        for members in groups.values():
+            path, depth, rows, hidden, cond = members[0]
+            if len(members) > 1:
+                hidden = torch.cat([member[3] for member in members])
+                cond = {name: torch.cat([member[4][name] for member in members]) for name in cond}
+            parts = self.backbone.readout(hidden, cond, depth, path).split([len(member[2]) for member in members])
+            self.finished += [(member[2], part) for member, part in zip(members, parts, strict=True)]
 
     def _read_taps(
         self, stream: Stream, pending: Sequence[tuple[int, Tensor]], owed: Sequence[tuple[int, Tensor]]
