@@ -269,7 +269,7 @@ class _Execution:
         for left in self.unread:
             groups.setdefault(self.backbone.readout_key(left[1], left[0]), []).append(left)
         for members in groups.values():
-            path, depth, rows, hidden, cond = members[0]
+            path, depth, _, hidden, cond = members[0]
             if len(members) > 1:
                 hidden = torch.cat([member[3] for member in members])
                 cond = {name: torch.cat([member[4][name] for member in members]) for name in cond}
