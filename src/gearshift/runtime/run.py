@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +47,20 @@ def _forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _take(descriptor: int, patience: float = 1.0) -> None:
+    """Locks the file. Raises BlockingIOError when somebody still holds it after `patience` seconds: a child that was
+    forked just before its parent was killed needs a moment to let go."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)
 
 
 def weights_hash(cfg: config.Node, irrelevant: Collection[str]) -> str:
@@ -190,7 +205,7 @@ class RunFolder:
         locked = False
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take(descriptor)
             except BlockingIOError as error:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").split()
                 pid, host = holder if len(holder) == 2 else ("?", "?")
