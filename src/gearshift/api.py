@@ -16,7 +16,6 @@ from gearshift.backbones.weights import load_strict
 from gearshift.data.pixels import to_u8
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.solvers.base import Solver
-from gearshift.execution.cost import CostTable
 from gearshift.policies.base import Policy
 from gearshift.runtime.run import RunFolder
 from gearshift.sampling.ledger import LedgerData
@@ -76,10 +75,6 @@ class LoadedRun:
             labels=labels,
             ledger=LedgerData.merge([chunk.ledger for chunk in chunks]),
         )
-
-    def cost_table(self) -> CostTable:
-        """Costs of the network."""
-        return CostTable.measure(self.denoiser.network)
 
 
 def load(run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto") -> LoadedRun:

@@ -7,6 +7,7 @@ re-execute the command line would enter the sweep again.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 
@@ -77,6 +78,11 @@ def _run(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    # The workers tell their own errors in one line; the launcher would stand around it with pages of its own.
+    for name in ("torch.distributed.run", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    devices = int(arguments[arguments.index("--nproc-per-node") + 1])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:

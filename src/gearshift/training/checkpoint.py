@@ -152,6 +152,11 @@ def check_config(checkpoint: Mapping[str, Any], text: str, path: Path) -> None:
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key, "absent") != new.get(key, "absent"))
     if not changed:
         return  # the same values written in another way
+    if changed == ["data_digest"]:
+        raise RunError(
+            f"the images under data.path are not those that {path} was trained on (data_digest: {old['data_digest']} "
+            f"there, {new['data_digest']} here); bring the old ones back, or move the run folder away"
+        )
     shown = ", ".join(f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} here" for key in changed[:3])
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     raise RunError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -50,7 +50,6 @@ def train(
     config_text: str,
     flip: bool = False,
     logger: MetricLogger | None = None,
-    logged_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains the denoiser's network and leaves checkpoints and metrics.csv in the run folder.
 
@@ -63,7 +62,6 @@ def train(
         config_text: what decides the weights, as JSON or YAML; a checkpoint made under another one is refused.
         flip: mirror images with probability one half.
         logger: besides metrics.csv.
-        logged_config: what the logger shows as the configuration; the run's own where it is None.
 
     Returns:
         `run`, `steps`, `images`, `loss` (mean over the last logged steps), `params`, `seconds`, `checkpoint`.
@@ -102,7 +100,7 @@ def train(
         with _global_state(config), stop:
             try:
                 if logger is not None and main:
-                    logger.start(run, logged_config if logged_config is not None else _plain(run), begun)
+                    logger.start(run, _plain(run), begun)
                 trainer = _trainer(config, accelerator, objective, run, boundary)
                 with progress:
                     trainer.fit(module, _Counter(module), ckpt_path=path, weights_only=True)
