@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -131,6 +133,14 @@ def test_a_folder_of_a_start_that_was_killed_early_is_taken_over(tmp_path):
     assert RunFolder.create(tmp_path, configuration()).config.seed == 1
     with RunFolder(tmp_path).lock():
         assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_several_processes_may_create_one_run_at_once(tmp_path: Path) -> None:
+    for number in range(60):
+        path = tmp_path / str(number)
+        with ThreadPoolExecutor(4) as pool:
+            folders = list(pool.map(lambda _: RunFolder.create(path, configuration()), range(4)))  # noqa: B023
+        assert all(folder.checkpoints.is_dir() and folder.config.seed == 1 for folder in folders)
 
 
 def test_what_is_not_a_run_folder_is_told_apart(tmp_path):

@@ -134,25 +134,38 @@ class RunFolder:
         Raises RunError when something else is there.
         """
         folder = cls(path)
+        if folder.path.exists() and not folder.path.is_dir():
+            raise RunError(f"{folder.path} is a file, not a run folder; move it away or choose another folder")
+        # The configuration comes first: whatever else is found without one was put there by somebody else. Several
+        # processes of one run may be here at the same time, so its absence is only believed after the listing.
+        foreign = folder._foreign()
         if (folder.path / _CONFIG).exists():
-            return cls.open(path)
-        if folder.path.exists():
-            if not folder.path.is_dir():
-                raise RunError(f"{folder.path} is a file, not a run folder; move it away or choose another folder")
-            # What a start that was killed before it wrote its configuration may have left.
-            foreign = sorted(p.name for p in folder.path.iterdir() if p.name != _LOCK and not p.name.startswith("."))
-            if foreign:
-                raise RunError(
-                    f"{folder.path} holds {foreign[0]} but no {_CONFIG}, so it is not a run folder; "
-                    "move it away or choose another folder"
-                )
-        try:
-            folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"could not make the run folder {folder.path} ({error.strerror}); choose another") from error
+            found = cls.open(path)
+            folder._make(folder.checkpoints)
+            return found
+        if foreign:
+            raise RunError(
+                f"{folder.path} holds {foreign[0]} but no {_CONFIG}, so it is not a run folder; "
+                "move it away or choose another folder"
+            )
+        folder._make(folder.path)
         text = OmegaConf.to_yaml(OmegaConf.create(config.plain(cfg)))
         atomic_write(folder.path / _CONFIG, _HEADER + text)
+        folder._make(folder.checkpoints)
         return folder
+
+    def _make(self, directory: Path) -> None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"could not make the run folder {self.path} ({error.strerror}); choose another") from error
+
+    def _foreign(self) -> list[str]:
+        """What lies in the folder besides the lock and what a writer that was killed may have left."""
+        try:
+            return sorted(p.name for p in self.path.iterdir() if p.name != _LOCK and not p.name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
