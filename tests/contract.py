@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.backbones.base import Backbone
+from gearshift.backbones.dit import DiT, DiTConfig
 from gearshift.backbones.exits import EarlyExit, ExitsConfig
 from gearshift.backbones.uvit import UViT, UViTConfig
 from gearshift.execution.cost import CostTable
@@ -44,6 +45,11 @@ def _uvit(**conditioning: Any) -> Backbone:
     return UViT(UViTConfig(**sizes, **conditioning))
 
 
+def _dit(**settings: Any) -> Backbone:
+    sizes = dict(image_size=8, in_channels=2, patch_size=2, embed_dim=16, depth=4, num_heads=2)
+    return DiT(DiTConfig(**sizes, **settings))
+
+
 def _with_exits(backbone: Backbone, **config: Any) -> Backbone:
     return EarlyExit(ExitsConfig(**config), backbone)
 
@@ -54,8 +60,11 @@ CASES = [
     Case("two-decoders", TwoDecoders),
     Case("uvit-class", lambda: _uvit(num_classes=3, null_class=True)),
     Case("uvit-text", lambda: _uvit(context_dim=5, context_tokens=3, mlp_time_embed=True)),
+    Case("dit-class", lambda: _dit(num_classes=3, null_class=True)),
+    Case("dit-none", lambda: _dit(learned_variance=False)),
     Case("exits-isotropic", lambda: _with_exits(Isotropic(), head="per_exit")),
     Case("exits-uvit", lambda: _with_exits(_uvit(), uncertainty="token_mean", time_embed="concat", depths=[2, 4])),
+    Case("exits-dit", lambda: _with_exits(_dit(num_classes=3), head="per_exit", time_embed="concat")),
     Case("exits-two-decoders", lambda: _with_exits(TwoDecoders(), head="per_exit", time_embed="concat")),
 ]
 

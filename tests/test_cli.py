@@ -96,6 +96,14 @@ def test_profile_of_the_official_cifar10_model(capsys):
     assert fractions[-1] == 1.0
 
 
+def test_profile_of_the_largest_dit_under_the_published_schedule(capsys):
+    assert cli.run(["profile", "backbone=dit_xl_2", "policy=ase_demo"]) == 0
+    said = answer(capsys)
+    assert said["params"] == 675_129_632
+    assert round(said["gmacs"], 2) == 118.62
+    assert round(said["policy"]["gmacs_per_call"], 2) == 84.73
+
+
 def test_profile_under_a_static_policy(capsys):
     assert cli.run(["profile", "policy=fixed_depth", "policy.depth=4", "solver.steps=10"]) == 0
     said = answer(capsys)
@@ -138,9 +146,15 @@ def test_load_from_python(trained):
 
 
 def test_evaluate_writes_a_report(trained, capsys):
-    settings = ["num_images=12", "chunk=6", "timing_images=6", "timing_rounds=2", "metrics=[classifier]"]
+    settings = [
+        "num_images=12",
+        "chunk=6",
+        "timing_images=6",
+        "timing_rounds=2",
+        "metrics=[label_agreement,fd@classifier]",
+    ]
     settings = [f"evaluation.{setting}" for setting in [*settings, "solvers.ddim.steps=4"]]
-    settings += ["+evaluation.tolerance=100", "evaluation=demo"]
+    settings += ["evaluation.tolerance=100", "evaluation=demo"]
     assert cli.run(["evaluate", f"run={trained}", "device=cpu", *settings]) == 0
     said = answer(capsys)
     rows = {row["name"]: row for row in said["rows"]}
@@ -209,8 +223,8 @@ def test_list_names_what_there_is(capsys):
         (["train", "experiment=digits", "--cfg", "jobs"], ["jobs", "job"]),
         (["train", "experiment=digit"], ["experiment/digit", "digits"]),
         (["train", "trainer.max_step=3"], ["trainer.max_step'", "trainer.max_steps"]),
-        (["evaluate", "run=.", "evaluation.toleranc=3"], ["toleranc'", "+evaluation.tolerance"]),
-        (["evaluate", "run=.", "evaluation.tolerance=3"], ["Evaluation", "+evaluation.tolerance=VALUE"]),
+        (["evaluate", "run=.", "evaluation.toleranc=3"], ["toleranc'", "evaluation.tolerance?"]),
+        (["evaluate", "run=.", "evaluation.solvers.ddim.eta=0"], ["DDIM", "+evaluation.solvers.ddim.eta=VALUE"]),
         (["train", "backbone.depth=5"], ["depth=5", "even"]),
         (["train", "backbone.depth=deep"], ["backbone.depth", "deep"]),
         (["train", "exits=none"], ["uncertainty heads"]),

@@ -1,4 +1,4 @@
-"""The examples of the architecture page run, top to bottom."""
+"""What the pages say is there: examples run, links lead somewhere, tests that are named exist."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+EVALUATION = PAGE.with_name("evaluation.md")
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -15,7 +16,9 @@ def test_the_examples_of_the_architecture_page_run():
     exec(compile("\n".join(blocks), str(PAGE), "exec"), {"__name__": "page"})
 
 
-@pytest.mark.parametrize("page", [PAGE, README, Path(__file__).parents[1] / "CONTRIBUTING.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [PAGE, EVALUATION, README, Path(__file__).parents[1] / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
 def test_what_the_pages_link_to_is_there(page):
     text = re.sub(r"`[^`]*`|```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
     targets = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"src=\"([^\"]+)\"", text)
@@ -33,3 +36,11 @@ def test_the_readme_names_experiments_and_verbs_that_exist():
         assert name in ("NAME",) or (conf_dir() / "experiment" / f"{name}.yaml").is_file(), name
     for verb in re.findall(r"^ *gearshift ([a-z]+)", text, re.M):
         assert verb in VERBS, verb
+
+
+def test_the_tests_that_the_evaluation_page_names_exist():
+    root = Path(__file__).parents[1]
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", EVALUATION.read_text(encoding="utf-8"))
+    assert len(named) >= 15
+    for file, test in named:
+        assert f"def {test}(" in (root / file).read_text(encoding="utf-8"), test

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +206,109 @@ def test_tasks_of_a_slurm_step_find_each_other(trained):
     assert tasks[1].returncode == 0
     with np.load("one/images.npz") as a, np.load("two/images.npz") as b:
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
+
+
+EVALUATE = [
+    "evaluation.num_images=21",
+    "evaluation.start=3",
+    "evaluation.chunk=4",
+    "evaluation.repeats=2",
+    "evaluation.guidance=1.5",
+    "evaluation.solvers.ddim.steps=6",
+    "evaluation.timing_images=4",
+    "evaluation.timing_rounds=1",
+    "evaluation.metrics=[label_agreement,fd@classifier,kd@classifier,fd@random_conv,precision_recall@random_conv]",
+    "device=cpu",
+]
+
+
+def timeless(folder):
+    """The results of an evaluation without what a clock or the command line says."""
+    from gearshift.evaluation.results import TIMING, TIMING_ROWS
+
+    found = json.loads((folder / "metrics.json").read_text())
+    assert all(key in found for key in TIMING if key != "scaling") and len(found["rows"]) >= 4
+    assert all("images_per_s" in row for row in found["rows"])
+    rows = [{key: value for key, value in row.items() if key not in TIMING_ROWS} for row in found.pop("rows")]
+    return {key: value for key, value in found.items() if key not in TIMING} | {"rows": rows}
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, threshold, tmp_path_factory):
+    """The command of an evaluation, and the folder where one process with every core has run it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    command = [
+        "evaluate",
+        f"run={trained}",
+        *EVALUATE,
+        f"+evaluation.policies.exits={{_target_: gearshift.policies.UncertaintyExit, threshold: {threshold}}}",
+    ]
+    cache = {"GEARSHIFT_CACHE": str(tmp_path_factory.getbasetemp() / "cache"), "OMP_NUM_THREADS": "2"}
+    answer = finish(start(*command, f"out={folder}", "devices=1", environment=cache))
+    assert answer["report"] == str(folder / "report.html")
+    return command, folder
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_evaluates_to_the_same_numbers(evaluated, tmp_path, count):
+    command, one = evaluated
+    answer = finish(start(*command, f"out={tmp_path}/many", f"devices={count}"))
+    assert {row["name"] for row in answer["rows"]} >= {"full", "exits", "skip every 3"}
+    many = timeless(tmp_path / "many")
+    assert many == timeless(one)
+    [first, *_] = many["rows"]
+    assert first["sd"]["fd_random_conv_64[s0-s2]"] > 0 and len(first["label_agreement_per_class"]) == 10
+    scaling = json.loads((tmp_path / "many" / "metrics.json").read_text())["scaling"]
+    assert scaling["devices"] == count and scaling["images_per_s"] > 0
+
+
+def test_between_chunk_sizes_an_evaluation_differs_by_rounding(evaluated, tmp_path):
+    command, one = evaluated
+    finish(start(*command, "evaluation.chunk=7", f"out={tmp_path}/seven"))
+    for row, other in zip(timeless(one)["rows"], timeless(tmp_path / "seven")["rows"], strict=True):
+        assert row["name"] == other["name"]
+        for key in ("fd_classifier_digits", "fd_random_conv_64[s0-s2]", "label_agreement", "ssim_to_full"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5), (row["name"], key)
+
+
+def test_a_process_that_dies_ends_the_evaluation_and_its_work_is_used_again(evaluated, tmp_path):
+    command, one = evaluated
+    command = [*command, f"out={tmp_path}/run", "devices=2"]
+    process = start(*command)
+    shards = tmp_path / "run" / "shards"
+    # Some chunks of each process, and then the second one is gone.
+    while len(list(shards.rglob("[0-9]*.npz"))) < 6:
+        assert process.poll() is None
+        time.sleep(0.01)
+    second = [pid for pid in children(process.pid) if b"\0RANK=1\0" in b"\0" + environment_of(pid)]
+    os.kill(second[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and out == ""
+    assert "run the same command again" in err and "Traceback" not in err
+    kept = {path: path.stat().st_mtime_ns for path in shards.rglob("[0-9]*.npz")}
+    assert len(kept) >= 6
+    process = start(*command)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "are there already" in err
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished work was done again"
+    assert timeless(tmp_path / "run") == timeless(one)
+
+
+def children(pid):
+    """Processes below a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *children(int(child))]
+    return found
+
+
+def environment_of(pid):
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
 
 
 # One that does not get to its end -----------------------------------------------------------------------------------

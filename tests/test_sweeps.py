@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -55,6 +56,22 @@ def test_every_job_has_its_folder_and_its_answer(workplace, capsys):
     assert cli.run([*TINY, "seed=2"]) == 0
     assert answers(capsys.readouterr().out) == said[1:]
     assert runs(workplace) == made
+
+
+def test_jobs_of_a_sweep_do_not_overwrite_each_others_evaluation(workplace, capsys):
+    assert cli.run([*TINY, "seed=1"]) == 0
+    [answer] = answers(capsys.readouterr().out)
+    settings = ["num_images=4", "chunk=4", "min_images=2", "timing_images=0", "equal_macs=false", "metrics=[]"]
+    command = ["evaluate", f"run={answer['run']}", *(f"evaluation.{setting}" for setting in settings)]
+    command += ["evaluation.solvers.ddim.steps=2", "-m", "evaluation.guidance=1,2"]
+    assert cli.run(command) == 2
+    out, err = capsys.readouterr()
+    assert len(answers(out)) == 1
+    [line] = complaints(err)
+    assert "job 1 (" in line and "evaluation.guidance=2" in line
+    assert "an earlier job of this sweep has its report in" in line
+    assert cli.run([*command, "evaluation.name='w${evaluation.guidance}'"]) == 0
+    assert [Path(answer["report"]).parent.name for answer in answers(capsys.readouterr().out)] == ["w1", "w2"]
 
 
 def test_a_failing_job_is_named_and_does_not_stop_the_others(workplace, capsys):

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from gearshift.assembly import build_denoiser, build_policy, build_solver, device_of, dtype_of
 from gearshift.backbones.weights import load_strict
-from gearshift.data.pixels import to_u8
+from gearshift.data.decoding import ToPixels
+from gearshift.data.latents import Latents
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.solvers.base import Solver
+from gearshift.execution.compiling import compile_blocks
 from gearshift.policies.base import Policy
+from gearshift.runtime import config
 from gearshift.runtime.run import RunFolder
 from gearshift.sampling.ledger import LedgerData
 from gearshift.sampling.loop import Sampler, sample
@@ -50,6 +53,20 @@ class LoadedRun:
         made.check()
         return made
 
+    def compile(self, mode: str | None = None) -> LoadedRun:
+        """This run, its blocks compiled from now on (`execution.compiling.compile_blocks`)."""
+        compile_blocks(self.denoiser.network, mode)
+        return self
+
+    def to_pixels(self) -> ToPixels:
+        """How samples become images: latents are decoded by the autoencoder that their data set names.
+
+        Raises UsageError or RunError when that autoencoder is not there.
+        """
+        data = config.build(self.config.data) if self.config.get("data") else None
+        device = next(self.denoiser.parameters()).device
+        return ToPixels(data.decoder(device) if isinstance(data, Latents) else None)
+
     def sample(
         self,
         num_images: int,
@@ -69,16 +86,18 @@ class LoadedRun:
             UsageError: policy, solver, guidance or labels do not fit the network.
         """
         chunks = list(sample(self.sampler(policy, solver, **settings), num_images, start=start))
+        pixels = self.to_pixels()
         labels = None if chunks[0].cond is None else torch.cat([c.cond for c in chunks if c.cond is not None])
         return Samples(
-            images=torch.cat([to_u8(chunk.images) for chunk in chunks]),
+            images=torch.cat([pixels(chunk.images) for chunk in chunks]),
             labels=labels,
             ledger=LedgerData.merge([chunk.ledger for chunk in chunks]),
         )
 
 
-def load(run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto") -> LoadedRun:
-    """The run in the folder `run`, with its averaged weights (`ema`) or the trained ones.
+def load(run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto", compile: bool = False) -> LoadedRun:
+    """The run in the folder `run`, with its averaged weights (`ema`) or the trained ones; `compile` compiles its blocks
+    one by one when they are first called.
 
     Raises:
         UsageError, RunError: no run there, no checkpoint yet, or one that does not fit.
@@ -90,4 +109,7 @@ def load(run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto")
     denoiser = build_denoiser(cfg)
     load_strict(denoiser.network, load_weights(folder, ema=ema), folder.checkpoints)
     denoiser.eval().requires_grad_(False)
-    return LoadedRun(folder, cfg, denoiser.to(device_of(device)))
+    denoiser.to(device_of(device))
+    if compile:
+        compile_blocks(denoiser.network)
+    return LoadedRun(folder, cfg, denoiser)

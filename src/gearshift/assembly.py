@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from gearshift.runtime import config, launch
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.paths import conf_dir
 
-# What changes nothing in the weights: how and where a run is executed, watched and named.
+# What changes nothing in the weights: how and where a run is executed, watched and named. Of a pretraining the hash of
+# its run counts, not its name.
 IRRELEVANT_TO_WEIGHTS = (
     "name",
     "runs_dir",
     "dry_run",
+    "pretrain",
+    "pretrain_overrides",
     "logger",
+    "data.autoencoder",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -57,7 +62,10 @@ def build_network(cfg: DictConfig) -> Backbone:
 
 def build_denoiser(cfg: DictConfig) -> Denoiser:
     """Network and process of `cfg`."""
-    return Denoiser(build_network(cfg), config.build(cfg.process))
+    network = build_network(cfg)
+    with torch.device("cpu"):  # its tables are read on the host, also where the network is only counted
+        process = config.build(cfg.process)
+    return Denoiser(network, process)
 
 
 def build_data(cfg: DictConfig, network: Backbone) -> DataSource:
@@ -142,8 +150,13 @@ def run_path(cfg: DictConfig) -> Path:
     """runs_dir / name / hash of what changes the weights."""
     from gearshift.runtime.run import weights_hash
 
-    plain = config.plain(cfg)
-    return Path(cfg.runs_dir) / str(cfg.name) / weights_hash(plain, irrelevant_to_weights(cfg))
+    return Path(cfg.runs_dir) / str(cfg.name) / weights_hash(identity(cfg), irrelevant_to_weights(cfg))
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, with the hash of the pretraining's run as `pretrained` where there is one."""
+    plain, before = config.plain(cfg), pretraining(cfg)
+    return plain if before is None else {**plain, "pretrained": run_path(before).name}
 
 
 def irrelevant_to_weights(cfg: DictConfig) -> tuple[str, ...]:
@@ -152,3 +165,75 @@ def irrelevant_to_weights(cfg: DictConfig) -> tuple[str, ...]:
     node = config.plain(cfg.data) if cfg.get("data") else {}
     decides = getattr(config.locate(node[config.TARGET], "data"), "path_is_identity", False) if node else False
     return IRRELEVANT_TO_WEIGHTS if decides else (*IRRELEVANT_TO_WEIGHTS, "data.path")
+
+
+# Trainings that start from another ---------------------------------------------------------------------------------
+
+# What the training before has in common with this one: where it is run, and the seed.
+_CARRIED = (
+    "seed",
+    "runs_dir",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.deterministic",
+)
+
+
+def pretraining(cfg: DictConfig) -> DictConfig | None:
+    """The configuration of the training whose averaged weights the one of `cfg` starts from; None where there is none.
+
+    It is that of `experiment=PRETRAIN`, on the machine, with the seed and, if it is the same kind of data, from the
+    `data.path` of `cfg`; under +debug=tiny where `cfg` is shrunk. `cfg.pretrain_overrides` have the last word.
+
+    Raises UsageError where it cannot be composed, where it goes round in circles, and where `cfg.init` says otherwise.
+    """
+    steps: list[tuple[str, tuple[str, ...]]] = []
+    before = _before(cfg)
+    node: DictConfig | None = cfg
+    while node is not None and node.get("pretrain") is not None:
+        step = (str(node.pretrain), tuple(node.get("pretrain_overrides") or ()))
+        if step in steps:
+            raise UsageError(f"pretrain goes round in circles: {', then '.join(name for name, _ in [*steps, step])}")
+        steps.append(step)
+        node = before if node is cfg else _before(node)
+    return before
+
+
+def _before(cfg: DictConfig) -> DictConfig | None:
+    name, overrides = cfg.get("pretrain"), tuple(cfg.get("pretrain_overrides") or ())
+    if name is None:
+        if overrides:
+            raise UsageError(f"pretrain_overrides={list(overrides)}, but there is no pretrain; name an experiment")
+        return None
+    if cfg.get("init") is not None:
+        raise UsageError(f"init={cfg.init} and pretrain={name} are two beginnings; set one of them to null")
+    given = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    tiny = ("+debug=tiny",) if cfg.get("shrink") and "debug" not in given else ()
+    composed = _composed((f"experiment={name}", *tiny, *overrides)).copy()
+    OmegaConf.set_struct(composed, False)
+    for key in _CARRIED:
+        if key not in given:
+            OmegaConf.update(composed, key, OmegaConf.select(cfg, key))
+    ours, theirs = cfg.get("data"), composed.get("data")
+    same_kind = ours and theirs and ours.get(config.TARGET) == theirs.get(config.TARGET)
+    if same_kind and ours.get("path") is not None and not given & {"data", "data.path"}:
+        theirs.path = ours.path
+    return composed
+
+
+@cache  # it is asked for its hash again and again
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        if GlobalHydra.instance().is_initialized():  # within a verb
+            return compose("train", overrides=list(overrides))
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("train", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        said = str(error).splitlines()[0]
+        raise UsageError(f"the pretraining {' '.join(overrides)} cannot be composed: {said}") from error

@@ -60,6 +60,10 @@ bench = _task("bench")
 import_ = _task("import")
 export = _task("export")
 list_ = _task("list")
+reference = _task("reference")
+encode = _task("encode")
+compare = _task("compare")
+table = _task("table")
 
 
 def main() -> None:
@@ -113,7 +117,18 @@ def _verb(arguments: list[str]) -> tuple[str | None, list[str]]:
         if verb != "train":
             raise UsageError(f"{DRY_RUN} belongs to train; for {verb}, --cfg job prints the composed configuration")
         rest = [*(a for a in rest if a != DRY_RUN), "dry_run=true"]
+    if verb in verbs.WITH_PATHS:
+        rest = _paths_as_override(rest)
     return verb, _options_first(rest)
+
+
+def _paths_as_override(arguments: list[str]) -> list[str]:
+    """Arguments that are neither overrides nor options, as the setting `paths`, quoted for Hydra."""
+    found = [a for a in arguments if not a.startswith(("-", "~")) and ("=" not in a or os.path.exists(a))]
+    if not found:
+        return arguments
+    quoted = ('"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"' for path in found)
+    return [*(a for a in arguments if a not in found), f"paths=[{','.join(quoted)}]"]
 
 
 def _options_first(arguments: list[str]) -> list[str]:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gearshift.data.imagefolder import ImageFolder, ImageFolderConfig, read_image
+from gearshift.data.crops import read_image
+from gearshift.data.imagefolder import ImageFolder, ImageFolderConfig
 from gearshift.runtime.errors import RunError, UsageError
 
 
@@ -97,6 +98,20 @@ def test_the_centre_of_a_wide_image_is_kept(tmp_path):
 def test_every_mode_comes_out_in_the_channels_asked_for(tmp_path, mode, channels):
     Image.new("RGB", (11, 9), (200, 200, 200)).convert(mode).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", 8, channels).shape == (channels, 8, 8)
+
+
+def test_a_box_is_cut_out_of_every_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 14, 3), dtype=np.uint8)
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        Image.fromarray(pixels).save(tmp_path / part / "a.png")
+    whole = folder(tmp_path).load("train")
+    cut = folder(tmp_path, crop=(2, 1, 10, 9)).load("train")
+    assert np.array_equal(cut.images_u8[0].numpy(), pixels[1:9, 2:10].transpose(2, 0, 1))
+    assert not np.array_equal(cut.images_u8, whole.images_u8)
+    assert "box [2, 1, 10, 9]" in cut.provenance and "box [" not in whole.provenance
+    with pytest.raises(UsageError, match=r"crop=\[5, 1, 5, 9\]"):
+        folder(tmp_path, crop=(5, 1, 5, 9))
 
 
 def test_bad_input(tmp_path):

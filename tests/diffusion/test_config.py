@@ -22,7 +22,8 @@ def test_file_builds(file: Path) -> None:
     else:
         assert isinstance(built, Solver)
         process = build(OmegaConf.load(Path(conf_dir()) / "process" / "vp_sde.yaml"))  # type: ignore[arg-type]
-        assert len(built.calls(process)) == built.config.steps  # type: ignore[attr-defined]
+        extra = {"heun": built.config.steps - 1, "pndm": 9}.get(file.stem, 0)  # type: ignore[attr-defined]
+        assert len(built.calls(process)) == built.config.steps + extra  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")

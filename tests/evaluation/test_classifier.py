@@ -7,7 +7,6 @@ import torch
 from gearshift.data.digits import Digits, DigitsConfig
 from gearshift.data.pixels import to_pm1
 from gearshift.evaluation.classifier import Recipe, _shift, default_recipe, get_classifier
-from gearshift.evaluation.features import ClassifierExtractor
 from gearshift.runtime.errors import RunError, UsageError
 
 TINY = Recipe("plain", steps=30, batch=64)
@@ -88,14 +87,29 @@ def test_shift_moves_whole_pixels():
     assert torch.equal(moved[2, 0], torch.cat([images[2, 0, :, 1:], dark.T], dim=1))
 
 
-def test_as_an_extractor(digits, tmp_path):
-    classifier, _ = steps_of(digits, tmp_path)
-    extractor = ClassifierExtractor(classifier, "digits")
-    images = digits[1].images_u8[:10]
-    assert extractor.name == "classifier_digits" and extractor.dim == 64
-    assert torch.equal(extractor(images), classifier.features(images))
-    assert torch.equal(extractor.logits(images), classifier.logits(images))
-    assert f"accuracy {100 * classifier.accuracy:.1f} %" in extractor.protocol and "30 steps" in extractor.protocol
+def test_outputs_do_not_depend_on_threads_or_on_what_holds_outside(digits, tmp_path):
+    classifier, _ = steps_of(digits, tmp_path, replace(TINY, steps=2))
+    images = digits[0].images_u8[:600]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        features, logits = classifier.features(images), classifier.logits(images)
+        torch.set_num_threads(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(classifier.features(images), features)
+            assert torch.equal(classifier.logits(images), logits)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert logits.shape == (600, classifier.num_classes) and classifier.logits(images[:0]).shape == (0, 10)
+    assert torch.equal(classifier.predict(images), logits.argmax(dim=1))
+
+
+def test_digest_is_of_the_weights(digits, tmp_path):
+    one, _ = steps_of(digits, tmp_path, replace(TINY, steps=2))
+    again, _ = steps_of(digits, tmp_path, replace(TINY, steps=2))
+    other, _ = steps_of(digits, tmp_path, replace(TINY, steps=3))
+    assert one.digest() == again.digest() != other.digest()
 
 
 def test_bad_input(digits, tmp_path):

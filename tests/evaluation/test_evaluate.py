@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,14 +17,19 @@ from gearshift.backbones.uvit import UViT, UViTConfig
 from gearshift.data.dataset import ImageDataset, content_digest
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
-from gearshift.diffusion.solvers.ddim import DDIM, DDIMConfig
 from gearshift.evaluation import evaluate
-from gearshift.evaluation.evaluate import EvaluationConfig, Evaluator
-from gearshift.evaluation.throughput import BUSY, Timing
-from gearshift.policies import Full, Policy
+from gearshift.evaluation.evaluate import Evaluator
+from gearshift.evaluation.features import FeatureExtractor
+from gearshift.evaluation.instruments import Instruments
+from gearshift.evaluation.observe import Observer
+from gearshift.evaluation.results import pictures, results
+from gearshift.evaluation.settings import EvaluationConfig
+from gearshift.evaluation.throughput import BUSY
+from gearshift.policies import Policy
 from gearshift.runtime.errors import UsageError
-from gearshift.sampling.loop import Sampler
+from gearshift.sampling.loop import Sampler, sample_chunk
 
+Make = Callable[..., Evaluator]
 DEPTH = 5
 POLICIES = {
     f"depth {depth}": {"_target_": "gearshift.policies.FixedDepth", "depth": depth} for depth in range(1, DEPTH + 1)
@@ -38,7 +46,7 @@ def network(labels: bool, inert_end: bool) -> UViT:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         shape = dict(image_size=8, in_channels=1, patch_size=4, embed_dim=8, depth=4, num_heads=2)
-        made = UViT(UViTConfig(num_classes=3 if labels else None, **shape))  # type: ignore[arg-type]
+        made = UViT(UViTConfig(num_classes=3 if labels else None, null_class=labels, **shape))  # type: ignore[arg-type]
         for parameter in made.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -60,55 +68,72 @@ def dataset(labels: bool) -> ImageDataset:
     return ImageDataset(images, classes, 3 if labels else None, (), "noise", "train", digest, "16 images of noise")
 
 
-class Stub:
+class Stub(FeatureExtractor):
     """A classifier whose answers are scripted: the share of right labels for each row, by its number of calls to it."""
 
-    accuracy = 1.0
+    name, dim, protocol, fingerprint = "stub", 3, "scripted", "0123456789abcdef"
+    taps: ClassVar[Mapping[str, int]] = {"features": 3, "logits": 3}
 
     def __init__(self, shares: Mapping[int, float] | None = None) -> None:
         self.shares, self.asked = shares or {}, 0
 
-    def predict(self, images: Tensor) -> Tensor:
-        right = torch.arange(len(images)) % 3  # labels are balanced
-        wrong = round(len(images) * (1 - self.shares.get(self.asked, 1.0)))
+    def read(self, images_u8: Tensor, taps: Collection[str] = ("features",)) -> dict[str, Tensor]:
+        right = torch.arange(len(images_u8)) % 3  # labels are balanced
+        wrong = round(len(images_u8) * (1 - self.shares.get(self.asked, 1.0)))
         self.asked += 1
-        return torch.where(torch.arange(len(images)) < wrong, (right + 1) % 3, right)
+        seen = torch.where(torch.arange(len(images_u8)) < wrong, (right + 1) % 3, right)
+        return {tap: nn.functional.one_hot(seen, 3).float() for tap in taps}
 
-    def describe(self) -> str:
-        return "a stub"
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def _forward(self, images_u8: Tensor) -> Mapping[str, Tensor]:
+        raise AssertionError
 
 
-def evaluator(
-    classifier: Stub | None = None, *, labels: bool = False, inert_end: bool = False, **settings: Any
-) -> Evaluator:
-    denoiser = Denoiser(network(labels, inert_end), VPSDE(VPSDEConfig()))
+@pytest.fixture
+def evaluator(tmp_path: Path) -> Make:
+    def make(
+        classifier: Stub | None = None, *, classes: bool = False, inert_end: bool = False, **settings: Any
+    ) -> Evaluator:
+        denoiser = Denoiser(network(classes, inert_end), VPSDE(VPSDEConfig()))
 
-    def make(policy: Policy, solver: Any, **options: Any) -> Sampler:
-        made = Sampler(denoiser, solver, policy, **options)
-        made.check()
-        return made
+        def sampler(policy: Policy, solver: Any, **options: Any) -> Sampler:
+            made = Sampler(denoiser, solver, policy, **options)
+            made.check()
+            return made
 
-    chosen: dict[str, Any] = dict(
-        policies=POLICIES,
-        solvers={"ddim": ddim(4)},
-        num_images=6,
-        chunk=6,
-        metrics=[],
-        timing_images=0,
-        equal_macs=False,
-    )
-    config = EvaluationConfig(**{**chosen, **settings})
-    return Evaluator(config, make, dataset(labels), classifier, torch.device("cpu"))  # type: ignore[arg-type]
+        chosen: dict[str, Any] = dict(
+            policies=POLICIES,
+            solvers={"ddim": ddim(4)},
+            num_images=6,
+            chunk=6,
+            metrics=[],
+            timing_images=0,
+            equal_macs=False,
+        )
+        config = EvaluationConfig(**{**chosen, **settings})
+        data = dataset(classes)
+        instruments = Instruments.prepare(config, data, None, torch.device("cpu"))
+        instruments.observer = Observer.of(instruments.metrics, classifier, {})
+        return Evaluator(config, sampler, instruments, data, torch.device("cpu"), tmp_path / "evaluation")
+
+    return make
 
 
 def rows(e: Evaluator) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in e.results("runs/x", torch.float32)["rows"]}
+    return {row["name"]: row for row in told(e)["rows"]}
+
+
+def told(e: Evaluator) -> dict[str, Any]:
+    return results(e, "runs/x", torch.float32, None)
 
 
 # Best ----------------------------------------------------------------------------------------------------------------
 
 
-def test_full_compute_comes_first_and_is_never_sampled_twice() -> None:
+def test_full_compute_comes_first_and_is_never_sampled_twice(evaluator: Make) -> None:
     e = evaluator(policies={**POLICIES, "plain": {"_target_": "gearshift.policies.Full"}})
     e.run()
     assert list(e.rows) == ["full", *POLICIES]
@@ -121,7 +146,7 @@ def test_full_compute_comes_first_and_is_never_sampled_twice() -> None:
     assert [found[name]["mean_depth"] for name in POLICIES] == [1, 2, 3, 4, 5]
 
 
-def test_without_labels_the_closest_images_are_best() -> None:
+def test_without_labels_the_closest_images_are_best(evaluator: Make) -> None:
     e = evaluator()
     e.run()
     found = rows(e)
@@ -130,7 +155,7 @@ def test_without_labels_the_closest_images_are_best() -> None:
     assert all("label_agreement" not in row for row in found.values())
 
 
-def test_identical_images_come_before_every_psnr() -> None:
+def test_identical_images_come_before_every_psnr(evaluator: Make) -> None:
     """They have none: psnr_to_full is None, which must not count as the least."""
     e = evaluator(inert_end=True)
     e.run()
@@ -145,9 +170,9 @@ def test_identical_images_come_before_every_psnr() -> None:
 
 
 @pytest.mark.parametrize("labels", [False, True])
-def test_rows_that_skip_calls_are_no_exits(labels: bool) -> None:
+def test_rows_that_skip_calls_are_no_exits(evaluator: Make, labels: bool) -> None:
     """Held predictions save the most of all here and would win; fewer steps are what they should be set against."""
-    e = evaluator(Stub() if labels else None, labels=labels, policies={"skip": SKIP, "depth 4": POLICIES["depth 4"]})
+    e = evaluator(Stub() if labels else None, classes=labels, policies={"skip": SKIP, "depth 4": POLICIES["depth 4"]})
     e.run()
     found = rows(e)
     assert found["skip"]["macs_saved"] == pytest.approx(0.5)
@@ -157,17 +182,17 @@ def test_rows_that_skip_calls_are_no_exits(labels: bool) -> None:
     assert e.best(["skip"], "full") is None
 
 
-def test_with_labels_the_cheapest_within_the_tolerance_is_best() -> None:
+def test_with_labels_the_cheapest_within_the_tolerance_is_best(evaluator: Make) -> None:
     shares = {0: 1.0, 1: 0.5, 2: 4 / 6, 3: 5 / 6, 4: 1.0, 5: 1.0}  # full, depth 1..5
     for tolerance, best in ((60.0, "depth 1"), (34.0, "depth 2"), (17.0, "depth 3"), (0.0, "depth 4")):
-        e = evaluator(Stub(shares), labels=True, tolerance=tolerance)
+        e = evaluator(Stub(shares), classes=True, tolerance=tolerance)
         e.run()
         assert rows(e)["depth 2"]["label_agreement"] == pytest.approx(4 / 6)
         assert e.best(list(POLICIES), "full") == best
 
 
-def test_where_no_row_is_within_the_tolerance_psnr_decides() -> None:
-    e = evaluator(Stub({0: 1.0, **dict.fromkeys(range(1, 6), 0.0)}), labels=True, inert_end=True)
+def test_where_no_row_is_within_the_tolerance_psnr_decides(evaluator: Make) -> None:
+    e = evaluator(Stub({0: 1.0, **dict.fromkeys(range(1, 6), 0.0)}), classes=True, inert_end=True)
     e.run()
     assert e.best(list(POLICIES), "full") == "depth 4"
 
@@ -175,7 +200,7 @@ def test_where_no_row_is_within_the_tolerance_psnr_decides() -> None:
 # Baselines -----------------------------------------------------------------------------------------------------------
 
 
-def test_fewer_steps_at_the_macs_of_the_best_exit() -> None:
+def test_fewer_steps_at_the_macs_of_the_best_exit(evaluator: Make) -> None:
     policies = {"skip": SKIP, "depth 3": POLICIES["depth 3"]}
     e = evaluator(policies=policies, solvers={"ddim": ddim(10)}, equal_macs=True)
     e.run()
@@ -188,7 +213,7 @@ def test_fewer_steps_at_the_macs_of_the_best_exit() -> None:
     assert fewer["psnr_to_full"] is not None, "compared with full compute at all steps"
 
 
-def test_no_baseline_where_nothing_is_saved() -> None:
+def test_no_baseline_where_nothing_is_saved(evaluator: Make) -> None:
     e = evaluator(policies={"skip": SKIP, "depth 5": POLICIES["depth 5"]}, equal_macs=True)
     e.run()
     assert list(e.rows) == ["full", "skip", "depth 5"]
@@ -197,23 +222,29 @@ def test_no_baseline_where_nothing_is_saved() -> None:
 # Time ----------------------------------------------------------------------------------------------------------------
 
 
-def test_two_entries_of_one_solver_have_a_reference_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_entries_of_one_solver_have_a_reference_each(evaluator: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are called ddim: full compute at 2 steps must not be what 6 steps are held against."""
     ran: list[str] = []
 
-    def fake(methods: Any, rounds: int, device: Any, *, on_run: Any) -> Any:
-        """Seconds are calls times depth, and every other round is disturbed."""
-        timings = {}
-        for name, method in methods.items():
-            chunk = method()
+    def fake(samplers: Any, reference_of: Any, table: Any, settings: Any, *, start: int, on_pass: Any) -> Any:
+        """Seconds are calls times depth."""
+        seconds = {}
+        for name, sampler in samplers.items():
             ran.append(name)
-            assert len(chunk.index) == 2
-            seconds = float(chunk.ledger.depth[:, 0, 0].sum())
-            timings[name] = Timing(tuple(seconds * (3 if number % 2 else 1) for number in range(rounds)))
-            on_run(name)
-        return timings, BUSY + 0.1
+            chunk = sample_chunk(sampler, torch.arange(settings.images), table)
+            seconds[name] = float(chunk.ledger.depth[:, 0, 0].sum())
+            on_pass(name)
+        found = {
+            name: {
+                "images_per_s": settings.images / own,
+                "speedup": seconds[reference_of[name]] / own,
+                "time_saved": 1 - own / seconds[reference_of[name]],
+            }
+            for name, own in seconds.items()
+        }
+        return SimpleNamespace(rows=found, others=BUSY + 0.1)
 
-    monkeypatch.setattr(evaluate, "interleave", fake)
+    monkeypatch.setattr(evaluate, "measure_speed", fake)
     solvers = {"two": ddim(2), "six": ddim(6)}
     e = evaluator(
         policies={"depth 3": POLICIES["depth 3"]},
@@ -242,43 +273,42 @@ def test_two_entries_of_one_solver_have_a_reference_each(monkeypatch: pytest.Mon
     assert len(fewer) == 1
     assert found[fewer[0]]["speedup"] == pytest.approx(6 / steps[fewer[0]])
     assert found[fewer[0]]["equal_macs_to"] == "depth 3 @ six"
-    results = e.results("runs/x", torch.float32)
-    assert any("20% of the CPU time" in warning for warning in results["warnings"])
-    assert results["conditions"]["batch"] == 2
+    answer = told(e)
+    assert any("20% of the CPU time" in warning for warning in answer["timing_warnings"])
+    assert answer["conditions"]["batch"] == 2
 
 
-def test_each_solver_is_compared_with_its_own_full_run() -> None:
+def test_each_solver_is_compared_with_its_own_full_run(evaluator: Make) -> None:
     e = evaluator(policies={"depth 5": POLICIES["depth 5"]}, solvers={"two": ddim(2), "six": ddim(6)})
     e.run()
     found = rows(e)
-    assert not torch.equal(e.rows["full @ two"].images, e.rows["full @ six"].images)
+    assert not np.array_equal(e.rows["full @ two"].images, e.rows["full @ six"].images)
     for solver in ("two", "six"):
         assert found[f"depth 5 @ {solver}"]["identical_to_full"] == 1.0
         assert found[f"depth 5 @ {solver}"]["macs_saved"] == 0.0
 
 
-def test_no_times_without_timing() -> None:
+def test_no_times_without_timing(evaluator: Make) -> None:
     e = evaluator(policies={})
     e.run()
-    assert e.results("runs/x", torch.float32)["conditions"] == {}
+    assert told(e)["conditions"] == {}
     assert "speedup" not in rows(e)["full"]
 
 
 # What is shown and refused -------------------------------------------------------------------------------------------
 
 
-def test_rows_are_the_images_of_the_sampler() -> None:
-    e = evaluator(num_images=5, chunk=2, start=3)
-    e.run()
-    sampler = replace(e.rows["full"].sampler, solver=DDIM(DDIMConfig(steps=4, clip_x0=True)), policy=Full())
+def test_rows_are_the_images_of_the_sampler(evaluator: Make) -> None:
     from gearshift.data.pixels import to_u8
     from gearshift.sampling.loop import sample
 
-    wanted = torch.cat([to_u8(chunk.images) for chunk in sample(sampler, 5, start=3)])
-    assert torch.equal(e.rows["full"].images, wanted)
-    images, depths = e.pictures()
-    assert images["full"].shape == (5, 1, 8, 8)
-    assert depths["depth 2"].shape == (4, 5) and (depths["depth 2"] == 2).all()
+    e = evaluator(num_images=5, chunk=2, start=3)
+    e.run()
+    wanted = torch.cat([to_u8(chunk.images) for chunk in sample(e.rows["full"].row.sampler, 5, start=3)])
+    assert np.array_equal(e.rows["full"].images, wanted.numpy())
+    shown = pictures(e)
+    assert shown.samples["full"].shape == (5, 1, 8, 8)
+    assert shown.depths["depth 2"].shape == (4, 5) and (shown.depths["depth 2"] == 2).all()
 
 
 @pytest.mark.parametrize(
@@ -287,16 +317,240 @@ def test_rows_are_the_images_of_the_sampler() -> None:
         ({"solvers": {}}, "solvers is empty"),
         ({"num_images": 1}, "num_images=1 must be at least 2"),
         ({"timing_rounds": 0}, "timing_rounds=0 must be at least 1"),
-        ({"metrics": ["fid"]}, r"names \['fid'\]; there are classifier"),
+        ({"metrics": ["label_agrement"]}, "label_agrement.*label_agreement.*lpips@vgg.*fid"),
+        ({"metrics": ["lpips@squeeze"]}, "lpips@squeeze.*lpips@vgg"),
+        ({"timing_sweep": [8, 0]}, r"timing_sweep=\[8, 0\]: every batch size must be at least 1"),
+        ({"min_images": -5}, "min_images=-5 must be at least 2"),
+        ({"name": "a/b"}, "name='a/b' is no name of a folder"),
+        ({"name": ".."}, "name='..' is no name of a folder"),
+        ({"name": ""}, "name='' is no name of a folder"),
+        (
+            {"weights": {"incepton": "x.pth"}},
+            "weights.incepton=x.pth: no such network; there are inception, vgg16, alex",
+        ),
+        ({"keep_samples": "jpg"}, "keep_samples='jpg' is not one of none, npz, png"),
+        ({"split": "val"}, "split='val' is neither train nor test"),
+        ({"policies": {"a b": SKIP, "a-b": SKIP}}, "would share the file name 'a-b'"),
     ],
 )
-def test_settings_that_make_no_evaluation(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_make_no_evaluation(evaluator: Make, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         evaluator(**settings)
 
 
-def test_everything_is_checked_before_the_first_image() -> None:
-    e = evaluator(policies={**POLICIES, "deep": {"_target_": "gearshift.policies.FixedDepth", "depth": 9}})
+@pytest.mark.parametrize("content", [None, b"other weights"])
+def test_weights_that_were_named_are_read_or_refused(evaluator: Make, tmp_path: Path, content: bytes | None) -> None:
+    """That FID was left out for a typo is else found after hours of sampling."""
+    file = tmp_path / "weights.pth"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"weights.inception=.*weights.pth: .*weights-inception-2015.* 6726825d"):
+        evaluator(weights={"inception": str(file)})
+    evaluator(weights={"inception": None, "vgg16": None}, references={"inception": None})
+
+
+@pytest.mark.parametrize(
+    ("metrics", "on"), [(["fd@random_conv"], "random_conv"), (["lpips", "label_agreement"], "no network")]
+)
+def test_references_that_nobody_would_read_are_refused(evaluator: Make, metrics: list[str], on: str) -> None:
+    with pytest.raises(UsageError, match=rf"references.inception=x.npz would not be read: .* on {on}"):
+        evaluator(metrics=metrics, references={"inception": "x.npz"})
+
+
+def test_everything_is_checked_before_the_first_image(evaluator: Make) -> None:
     with pytest.raises(UsageError, match="asks for depth 9"):
+        evaluator(policies={**POLICIES, "deep": {"_target_": "gearshift.policies.FixedDepth", "depth": 9}})
+
+
+# Work that is there already ------------------------------------------------------------------------------------------
+
+EIGHT = dict(num_images=8, chunk=4, policies={"depth 2": POLICIES["depth 2"], "skip": SKIP}, metrics=["fd@random_conv"])
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(policy, first index) of every chunk that is really sampled."""
+    found: list[tuple[str, int]] = []
+
+    def counting(sampler: Sampler, index: Tensor, table: Any, **options: Any) -> Any:
+        found.append((sampler.policy.name, int(index[0])))
+        return sample_chunk(sampler, index, table, **options)
+
+    monkeypatch.setattr(evaluate, "sample_chunk", counting)
+    return found
+
+
+def test_a_second_run_samples_nothing_and_says_the_same(evaluator: Make, sampled: list[tuple[str, int]]) -> None:
+    first = evaluator(**EIGHT)
+    first.run()
+    assert len(sampled) == 6
+    sampled.clear()
+    second = evaluator(**EIGHT)
+    second.run()
+    assert sampled == []
+    assert told(first) == told(second)
+
+
+def test_only_what_is_missing_or_broken_is_made_again(evaluator: Make, sampled: list[tuple[str, int]]) -> None:
+    first = evaluator(**EIGHT)
+    first.run()
+    row = next(row for row in first.planned if row.name == "depth 2")
+    path = first.shards(row).path(1)
+    path.write_bytes(path.read_bytes()[:100])
+    sampled.clear()
+    again = evaluator(**EIGHT)
+    again.run()
+    assert sampled == [(row.sampler.policy.name, 4)]
+    assert told(first) == told(again)
+
+
+def test_more_images_and_more_rows_go_on_from_what_is_there(evaluator: Make, sampled: list[tuple[str, int]]) -> None:
+    evaluator(**EIGHT).run()
+    sampled.clear()
+    evaluator(**{**EIGHT, "num_images": 12}).run()
+    assert sorted(first for _, first in sampled) == [8, 8, 8]
+    sampled.clear()
+    policies = {**EIGHT["policies"], "depth 3": POLICIES["depth 3"]}  # type: ignore[dict-item]
+    evaluator(**{**EIGHT, "policies": policies}).run()
+    assert {first for _, first in sampled} == {0, 4} and len({name for name, _ in sampled}) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"guidance": 2.0}, {"labels": "uniform"}, {"solvers": {"ddim": ddim(5)}}]
+)
+def test_what_decides_the_images_makes_them_anew(
+    evaluator: Make, sampled: list[tuple[str, int]], change: dict[str, Any]
+) -> None:
+    evaluator(classes=True, **EIGHT).run()
+    sampled.clear()
+    evaluator(classes=True, **{**EIGHT, **change}).run()
+    assert len(sampled) == 6
+
+
+def test_other_weights_are_other_work(evaluator: Make, sampled: list[tuple[str, int]]) -> None:
+    evaluator(**EIGHT).run()
+    sampled.clear()
+    evaluator(inert_end=True, **EIGHT).run()
+    assert len(sampled) == 6
+
+
+def test_the_report_says_which_weights_it_is_of(evaluator: Make) -> None:
+    e = evaluator(**EIGHT)
+    e.run()
+    first, raw = told(e)["protocol"], results(e, "runs/x", torch.float32, None, ema=False)["protocol"]
+    assert (first["ema"], raw["ema"]) == (True, False)
+    e = evaluator(**EIGHT, inert_end=True)
+    e.run()
+    assert told(e)["protocol"]["weights"] != first["weights"]
+    assert first["weights"].startswith("sha256 ")
+
+
+def test_shards_are_removed_on_request_and_samples_kept(evaluator: Make, tmp_path: Path) -> None:
+    e = evaluator(**EIGHT, classes=True, keep_shards=False, keep_samples="npz")
+    e.run()
+    folder = tmp_path / "evaluation"
+    assert not (folder / "shards").exists()
+    with np.load(folder / "samples" / "depth-2.npz") as kept:
+        assert np.array_equal(kept["arr_0"], e.rows["depth 2"].images.transpose(0, 2, 3, 1))
+        assert kept["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_samples_as_pictures(evaluator: Make, tmp_path: Path) -> None:
+    from PIL import Image
+
+    e = evaluator(**{**EIGHT, "start": 3}, keep_samples="png")
+    e.run()
+    files = sorted((tmp_path / "evaluation" / "samples" / "full").iterdir())
+    assert [file.name for file in files] == [f"{index:06d}.png" for index in range(3, 11)]
+    assert np.array_equal(np.asarray(Image.open(files[5])), e.rows["full"].images[5, 0])
+
+
+def test_a_folder_of_pictures_holds_this_evaluation_and_nothing_else(evaluator: Make, tmp_path: Path) -> None:
+    """Images of an earlier, larger evaluation among them would give another FID."""
+    folder = tmp_path / "evaluation" / "samples" / "full"
+    evaluator(**{**EIGHT, "num_images": 12}, keep_samples="png").run()
+    assert len(list(folder.iterdir())) == 12
+    (folder / "notes.txt").write_text("mine")
+    evaluator(**{**EIGHT, "start": 3}, keep_samples="png").run()
+    assert sorted(file.name for file in folder.iterdir()) == [*(f"{k:06d}.png" for k in range(3, 11)), "notes.txt"]
+
+
+# Processes, chunks, repeats ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_any_number_of_processes_gives_the_same_bits(
+    evaluator: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int
+) -> None:
+    """Each process's share one after the other; real processes are in test_processes."""
+    settings = {**EIGHT, "num_images": 10, "start": 2, "metrics": ["fd@random_conv", "kd@random_conv"]}
+    alone = evaluator(**settings)
+    alone.run()
+    shutil.rmtree(tmp_path / "evaluation")
+    together = evaluator(**settings)
+    monkeypatch.setattr(evaluate, "world_size", lambda: processes)
+    for rank in reversed(range(processes)):
+        monkeypatch.setattr(evaluate, "rank", lambda rank=rank: rank)
+        for row in together.planned:
+            together._sample(row)
+    together.run()
+    assert told(alone) == told(together)
+
+
+def test_between_chunk_sizes_kernels_round_differently_and_little(evaluator: Make) -> None:
+    found = []
+    for chunk in (3, 8):
+        e = evaluator(**{**EIGHT, "chunk": chunk})
         e.run()
-    assert e.rows == {}
+        found.append(rows(e))
+    for name, row in found[0].items():
+        for key in ("macs_per_image", "psnr_to_full", "ssim_to_full", "fd_random_conv_64[s0-s2]"):
+            if row[key] is not None:
+                assert row[key] == pytest.approx(found[1][name][key], rel=1e-5)
+
+
+def test_repeats_are_disjoint_and_told_as_mean_and_sd(evaluator: Make) -> None:
+    apart = []
+    for start in (0, 8, 16):
+        e = evaluator(**{**EIGHT, "start": start})
+        e.run()
+        apart.append(rows(e)["depth 2"])
+    e = evaluator(**EIGHT, repeats=3)
+    e.run()
+    row = rows(e)["depth 2"]
+    for key in ("psnr_to_full", "ssim_to_full", "fd_random_conv_64[s0-s2]"):
+        values = [single[key] for single in apart]
+        assert len(set(values)) == 3, "the same images again would be no repeat"
+        assert row[key] == pytest.approx(np.mean(values))
+        assert row["sd"][key] == pytest.approx(np.std(values, ddof=1))
+    assert row["macs_per_image"] == pytest.approx(np.mean([single["macs_per_image"] for single in apart]))
+    assert (row["num_images"], row["repeats"]) == (8, 3)
+    assert "3 disjoint repeats of 8" in told(e)["protocol"]["images"]
+
+
+def test_too_few_images_are_refused_before_any_is_made(evaluator: Make, sampled: list[tuple[str, int]]) -> None:
+    with pytest.raises(UsageError, match=r"asks for at least 20 images and evaluation.num_images=8"):
+        evaluator(**EIGHT, min_images=20)
+    assert sampled == []
+    e = evaluator(**EIGHT, min_images=8)
+    e.run()
+    assert any("min_images=8" in line for line in told(e)["warnings"])
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_agreement_that_was_asked_for_is_there_or_said_to_be_left_out(evaluator: Make, classes: bool) -> None:
+    e = evaluator(Stub({0: 0.5}), classes=classes, policies={})
+    e.settings.metrics.append("label_agreement")
+    e.run()
+    found = told(e)
+    left_out = [missing["reason"] for missing in found["unavailable"] if missing["name"] == "label_agreement"]
+    assert ("label_agreement" in found["rows"][0], left_out) == (
+        (True, []) if classes else (False, ["the network takes no labels to agree with"])
+    )
+
+
+def test_agreement_by_class_is_told(evaluator: Make) -> None:
+    e = evaluator(Stub({0: 0.5}), classes=True, policies={})
+    e.run()
+    [row] = told(e)["rows"]
+    assert row["label_agreement"] == 0.5 and row["label_agreement_per_class"] == [0.5, 0.5, 0.5]

@@ -1,13 +1,27 @@
-import hashlib
 import math
+import sys
+from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from gearshift.data.digits import Digits, DigitsConfig
-from gearshift.evaluation.features import INCEPTION, InceptionExtractor, load_inception, random_conv, random_vgg16
-from gearshift.evaluation.frechet import FrechetMetric
-from gearshift.evaluation.weights import Unavailable, WeightFile, exact_fp32, locate
+from gearshift.data.pixels import to_pm1, to_u8
+from gearshift.evaluation.classifier import Recipe, get_classifier
+from gearshift.evaluation.features import (
+    EXTRACTORS,
+    ClassifierExtractor,
+    FeatureExtractor,
+    build_extractor,
+    fingerprint_of,
+    to_rgb,
+)
+from gearshift.evaluation.random_nets import random_conv, random_vgg16
+from gearshift.evaluation.weights import Unavailable
+from gearshift.runtime import keys
+from gearshift.runtime.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +32,114 @@ def digits():
 @pytest.fixture(scope="module")
 def vgg():
     return random_vgg16(0)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class ProjectionConfig:
+    dim: int = 3
+
+
+class Projection(FeatureExtractor):
+    """A random projection that counts its passes. Its matrix product has other bits on other numbers of threads."""
+
+    Config = ProjectionConfig
+    batch = 16
+
+    def __init__(self, config, *, image_size, device):
+        self.name, self.dim, self.protocol = "projection", config.dim, "projection"
+        self.taps = {"features": config.dim, "sum": 1}
+        self.fingerprint = fingerprint_of(self.protocol, str(image_size))
+        self._weight = keys.normal(0, "projection", torch.arange(config.dim), 0, (3 * image_size**2,)).to(device)
+        self.passes = 0
+
+    @property
+    def device(self):
+        return self._weight.device
+
+    def _forward(self, images_u8):
+        self.passes += 1
+        flat = to_rgb(images_u8).float().flatten(1)
+        return {"features": flat @ self._weight.T, "sum": flat.sum(dim=1, keepdim=True)}
+
+
+# The interface -------------------------------------------------------------------------------------------------------
+
+
+def test_every_tap_comes_from_one_pass_per_batch():
+    net = Projection(ProjectionConfig(), image_size=8, device="cpu")
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    both = net.read(images, ("sum", "features"))
+    assert net.passes == 3
+    assert {tap: tuple(value.shape) for tap, value in both.items()} == {"sum": (40, 1), "features": (40, 3)}
+    assert torch.equal(both["features"], net(images)) and set(net.read(images)) == {"features"}
+    assert torch.equal(both["sum"][:, 0], 3 * images.float().sum(dim=(1, 2, 3)))
+    empty = net.read(images[:0], ("features", "sum"))
+    assert empty["features"].shape == (0, 3) and empty["sum"].shape == (0, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bits_do_not_depend_on_the_number_of_threads(threads):
+    net = Projection(ProjectionConfig(dim=64), image_size=36, device="cpu")
+    images = torch.randint(0, 256, (48, 3, 36, 36), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    torch.set_num_threads(1)
+    alone = torch.cat([net._forward(part)["features"] for part in images.split(16)])
+    torch.set_num_threads(threads)
+    assert torch.equal(net(images), alone)
+    assert torch.get_num_threads() == threads
+
+
+def test_wrong_requests_are_refused(digits):
+    net = random_conv(0, 8)
+    with pytest.raises(ValueError, match="has no tap spatial; there are features"):
+        net.read(digits[:2], ("spatial",))
+    with pytest.raises(ValueError, match="float32"):
+        net(digits[:2].float())
+    with pytest.raises(ValueError, match=r"\(2, 2, 8, 8\)"):
+        net(digits[:2].repeat(1, 2, 1, 1))
+
+
+def test_precision_and_modes_outside_change_nothing(digits):
+    net = random_conv(0, 8)
+    images = digits[:300]
+    plain = net(images)
+    conv = torch.backends.mkldnn.conv
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "bf16"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(net(images), plain)
+        assert conv.fp32_precision == "bf16"
+    finally:
+        conv.fp32_precision = before
+    with torch.inference_mode():
+        assert torch.equal(net(images), plain)
+    assert plain.dtype == torch.float32 and not plain.requires_grad
+
+
+# Rounding, on which every feature rests ------------------------------------------------------------------------------
+
+
+def test_samples_are_rounded_to_the_nearest_grey_level():
+    """Truncation instead darkens every image by half a level, even those that only went through [-1, 1]."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    pixels = to_pm1(levels)
+    assert torch.equal(to_u8(pixels), levels)
+    inner = slice(1, 255)
+    for off in (-0.49, 0.49):
+        assert torch.equal(to_u8(pixels + off / 127.5)[inner], levels[inner])
+        floored = ((pixels + off / 127.5 + 1) * 127.5).to(torch.uint8)
+        assert torch.equal(floored, levels) == (off > 0)  # what would be wrong fails here
+    assert to_u8(torch.tensor([-1.2, 1.2])).tolist() == [0, 255]
+
+
+# Random networks -----------------------------------------------------------------------------------------------------
 
 
 def test_random_conv_is_a_function_of_the_seed_and_of_nothing_else(digits):
@@ -32,6 +154,9 @@ def test_random_conv_is_a_function_of_the_seed_and_of_nothing_else(digits):
     random_conv(3, 8)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert first.name == "random_conv_64[s3]" and "seed 3" in first.protocol
+    assert first.fingerprint == again.fingerprint and len(first.fingerprint) == 16
+    # Another seed and another size are other networks.
+    assert len({first.fingerprint, other.fingerprint, random_conv(3, 32).fingerprint}) == 3
 
 
 def test_weights_have_the_spread_that_the_recipe_says(vgg):
@@ -57,8 +182,9 @@ def test_features_do_not_depend_on_company(digits):
     whole = net(digits[:300])
     # Exact within one size of batch, close between sizes.
     assert torch.equal(whole[128:256], net(digits[128:256]))
-    assert torch.allclose(whole[:5], net(digits[:5]), atol=1e-5)
-    assert net(digits[:0]).shape == (0, 64)
+    for batch in (1, 7, 300):
+        net.batch = batch
+        torch.testing.assert_close(net(digits[:300]), whole, rtol=1e-5, atol=1e-5 * float(whole.std()))
 
 
 @pytest.mark.parametrize("size", [8, 17, 32])
@@ -68,90 +194,94 @@ def test_random_conv_at_other_sizes(size):
 
 
 def test_distance_grows_with_noise(digits):
+    """Fréchet distance of standardised features with their correlations left out: sums of squares of differences."""
     nets = [random_conv(seed, 8) for seed in range(3)]
-    metric = FrechetMetric("fd_random_conv", nets, standardise=True)
     # Every other image, because neighbours are of one writer.
-    reference = metric.of(digits[::2])
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(750, 1, 8, 8, generator=generator)
+    references = [net(digits[::2]) for net in nets]
+    noise = torch.randn(750, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     values = []
     for sigma in (0, 16, 32, 64):
         noisy = (digits[1::2].float() + sigma * noise).round().clamp(0, 255).to(torch.uint8)
-        values.append(metric.distance(metric.of(noisy), reference))
+        total = 0.0
+        for net, reference in zip(nets, references, strict=True):
+            scale = reference.std(dim=0)
+            ours, theirs = net(noisy) / scale, reference / scale
+            total += float((ours.mean(0) - theirs.mean(0)).square().sum() + (ours.std(0) - 1).square().sum())
+        values.append(total)
     assert values == sorted(values) and values[-1] > 3 * values[0]
 
 
-def test_precision_switches_are_strict_inside_and_restored_after():
-    cudnn, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = (cudnn.fp32_precision, matmul.fp32_precision)
-    matmul.fp32_precision = "tf32"
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16), exact_fp32(torch.device("cpu")):
-            assert (cudnn.fp32_precision, matmul.fp32_precision) == ("ieee", "ieee")
-            assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
-            assert not torch.is_grad_enabled()
-        assert (cudnn.fp32_precision, matmul.fp32_precision) == (before[0], "tf32")
-    finally:
-        matmul.fp32_precision = before[1]
+# The classifier ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_weights(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.delenv("GEARSHIFT_INCEPTION", raising=False)
-    return tmp_path / "hub" / "checkpoints"
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    data = Digits(DigitsConfig())
+    folder = tmp_path_factory.mktemp("classifier")
+    return get_classifier(data.load("train"), data.load("test"), folder, recipe=Recipe("plain", steps=5, batch=32))
 
 
-def test_missing_inception_is_said_and_how_to_fetch_it(no_weights):
-    found = load_inception()
-    assert isinstance(found, Unavailable)
-    assert "weights-inception-2015-12-05-6726825d.pth" in found.reason and "GEARSHIFT_INCEPTION" in found.reason
-    assert INCEPTION.url in found.fetch_line and str(no_weights) in found.fetch_line
-    assert found.as_row()["name"] == "fid"
+def test_classifier_gives_features_and_logits(classifier, digits):
+    extractor = ClassifierExtractor(classifier, "digits")
+    read = extractor.read(digits[:10], ("features", "logits"))
+    assert extractor.name == "classifier_digits" and extractor.dim == 64
+    assert extractor.taps == {"features": 64, "logits": 10}
+    assert torch.equal(read["features"], classifier.features(digits[:10]))
+    assert torch.equal(read["logits"], classifier.logits(digits[:10]))
+    assert f"accuracy {100 * classifier.accuracy:.1f} %" in extractor.protocol and "5 steps" in extractor.protocol
 
 
-def test_other_weights_never_bear_the_name(no_weights):
-    no_weights.mkdir(parents=True)
-    (no_weights / INCEPTION.file_name).write_bytes(b"random")
-    found = load_inception()
-    assert isinstance(found, Unavailable) and "begins with 6726825d" in found.reason
+def test_another_training_is_another_fingerprint(classifier, tmp_path):
+    data = Digits(DigitsConfig())
+    recipe = Recipe("plain", steps=5, batch=32, seed=1)
+    other = get_classifier(data.load("train"), data.load("test"), tmp_path, recipe=recipe)
+    first, second = ClassifierExtractor(classifier, "digits"), ClassifierExtractor(other, "digits")
+    assert first.fingerprint == ClassifierExtractor(classifier, "digits").fingerprint
+    assert first.fingerprint != second.fingerprint
+    # Weights count too, not only what is said of them.
+    second.classifier._network.head.bias.data += 1
+    second.classifier.recipe, second.classifier.accuracy = classifier.recipe, classifier.accuracy
+    again = ClassifierExtractor(second.classifier, "digits")
+    assert again.protocol == first.protocol and again.fingerprint != first.fingerprint
 
 
-def test_places_are_tried_in_order(no_weights, tmp_path, monkeypatch):
-    content = b"weights"
-    prefix = hashlib.sha256(content).hexdigest()[:8]
-    weights = WeightFile("w.pth", "https://example.org/w.pth", prefix, "GEARSHIFT_SOME_WEIGHTS")
-    places = [tmp_path / "named.pth", tmp_path / "variable.pth", no_weights / "w.pth"]
-    for place in places:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content)
-    assert locate(weights, "m") == places[2]
-    monkeypatch.setenv("GEARSHIFT_SOME_WEIGHTS", str(places[1]))
-    assert locate(weights, "m") == places[1]
-    assert locate(weights, "m", places[0]) == places[0]
-    # A place that was named and is empty is an answer, not an invitation to look elsewhere.
-    assert isinstance(locate(weights, "m", tmp_path / "typo.pth"), Unavailable)
+def test_networks_are_in_evaluation_mode(classifier, vgg, digits):
+    """In training mode, batch normalisation would make the features of an image depend on the rest of its batch."""
+    assert not any(module.training for module in vgg._network.modules())
+    extractor = ClassifierExtractor(classifier, "digits")
+    assert any(isinstance(module, nn.BatchNorm2d) for module in classifier._network.modules())
+    together, alone = extractor(digits[:8]), torch.cat([extractor(image[None]) for image in digits[:8]])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_inception_wrapper_equals_the_library(tmp_path):
-    """With random weights in the released format: same features, same logits, uint8 in, batches in order."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+# By name -------------------------------------------------------------------------------------------------------------
 
-    class Blank(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict, *args, **kwargs):
-            pass
 
-    torch.save({}, tmp_path / "empty.pth")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        library = Blank("inception-v3-compat", ["2048", "logits_unbiased"], str(tmp_path / "empty.pth"))
-    torch.save(library.state_dict(), tmp_path / "inception.pth")
-    ours = InceptionExtractor(tmp_path / "inception.pth")
-    ours.batch = 2
-    images = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    features, logits = library(images)
-    assert torch.allclose(ours(images), features, atol=1e-5) and ours.dim == 2048
-    assert torch.allclose(ours.logits(images), logits, atol=1e-5)
-    assert "tf1-bilinear-299" in ours.protocol
-    assert ours(images[:1, :1]).shape == (1, 2048)
+def build(name, **settings):
+    return build_extractor(name, **{"image_size": 8, "data_name": "digits", **settings})
+
+
+def test_random_networks_come_with_three_seeds():
+    assert [net.name for net in build("random_conv")] == [f"random_conv_64[s{seed}]" for seed in range(3)]
+    assert [net.name for net in build("random_vgg16")] == [f"random_vgg16_64[s{seed}]" for seed in range(3)]
+
+
+def test_names_that_cannot_be_had(classifier):
+    [found] = build("classifier", classifier=classifier)
+    assert isinstance(found, ClassifierExtractor)
+    missing = build("classifier")
+    assert isinstance(missing, Unavailable) and "no classes" in missing.reason
+    with pytest.raises(UsageError, match="no extractor 'dino'; there are " + ", ".join(EXTRACTORS)):
+        build("dino")
+
+
+def test_an_own_class_is_an_extractor(monkeypatch, digits):
+    module = ModuleType("own_extractor")
+    module.Projection = Projection
+    monkeypatch.setitem(sys.modules, "own_extractor", module)
+    [net] = build({"_target_": "own_extractor.Projection", "dim": 5})
+    assert isinstance(net, Projection) and net(digits[:2]).shape == (2, 5)
+    with pytest.raises(UsageError, match="dmi"):
+        build({"_target_": "own_extractor.Projection", "dmi": 5})
+    with pytest.raises(UsageError, match=r"Digits, which is not a FeatureExtractor"):
+        build({"_target_": "gearshift.data.digits.Digits"})

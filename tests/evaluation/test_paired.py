@@ -6,16 +6,15 @@ import torch
 
 from gearshift.evaluation.paired import (
     Lpips,
-    PairedSums,
     image_errors,
-    label_agreement,
     load_lpips,
     psnr,
+    reduce_paired,
     ssim,
     ssim_protocol,
     ssim_window,
 )
-from gearshift.evaluation.weights import Unavailable
+from gearshift.runtime.errors import UsageError
 
 
 def images(n=6, channels=3, size=16, seed=0):
@@ -31,26 +30,27 @@ def test_psnr_of_one_grey_level():
     assert psnr(0.0) is None
 
 
+def reduced(a, b, **more):
+    return reduce_paired(image_errors(a, b), ssim(a, b), more)
+
+
 def test_global_and_per_image_differ_and_both_are_right():
     a = torch.full((2, 1, 8, 8), 100, dtype=torch.uint8)
     b = a.clone()
     b[0] += 1
     b[1] += 100
-    sums = PairedSums()
-    sums.update(a, b)
-    values = sums.compute()
+    values = reduced(a, b)
     each = [10 * math.log10(255**2 / error) for error in (1, 10000)]
     assert values["psnr_to_full"] == pytest.approx(10 * math.log10(255**2 / 5000.5))
     assert values["psnr_to_full_per_image"] == pytest.approx(sum(each) / 2)
+    assert values["psnr_to_full_per_image"] - values["psnr_to_full"] > 10
 
 
 def test_agrees_with_torchmetrics():
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     a, b = images(), images(seed=1)
-    sums = PairedSums()
-    sums.update(a, b)
-    values = sums.compute()
+    values = reduced(a, b)
     pooled = peak_signal_noise_ratio(a.double(), b.double(), data_range=255.0)
     each = peak_signal_noise_ratio(a.double(), b.double(), data_range=255.0, dim=(1, 2, 3))
     assert values["psnr_to_full"] == pytest.approx(float(pooled), rel=1e-6)
@@ -59,15 +59,11 @@ def test_agrees_with_torchmetrics():
 
 def test_equal_images_have_no_psnr_but_a_share():
     a, b = images(4), images(4)
-    sums = PairedSums()
-    sums.update(a, b)
-    equal = sums.compute()
+    equal = reduced(a, b)
     assert equal["psnr_to_full"] is None and equal["psnr_to_full_per_image"] is None
     assert equal["identical_to_full"] == 1.0 and equal["ssim_to_full"] == 1.0
     b[0, 0, 0, 0] ^= 1
-    sums = PairedSums()
-    sums.update(a, b)
-    mixed = sums.compute()
+    mixed = reduced(a, b)
     assert mixed["identical_to_full"] == 0.75
     # The mean is over the image that differs; the pooled error is over all of them.
     assert mixed["psnr_to_full"] == pytest.approx(mixed["psnr_to_full_per_image"] + 10 * math.log10(4))
@@ -112,22 +108,31 @@ def test_ssim_falls_with_noise_and_is_symmetric():
     assert values[0] == 1.0 and values == sorted(values, reverse=True)
 
 
-def test_one_image_and_many_chunks():
-    a, b = images(7, 1, 8), images(7, 1, 8, seed=1)
-    whole, parts = PairedSums(), PairedSums()
-    whole.update(a, b)
-    for k in range(7):
-        shard = PairedSums()
-        shard.update(a[k : k + 1], b[k : k + 1])
-        parts.merge(shard)
-    for key, value in whole.compute().items():
-        assert parts.compute()[key] == pytest.approx(value, rel=1e-9)
+def test_order_and_cuts_change_no_bit():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(3, 1000, generator=generator, dtype=torch.float64) * torch.logspace(-8, 8, 1000)
+    whole = reduce_paired(values[0], values[1], {"lpips_alex_to_full": values[2]})
+    order = torch.randperm(1000, generator=generator)
+    # NumPy arrays, as they come out of files.
+    shuffled = [value[order].numpy() for value in values]
+    assert reduce_paired(shuffled[0], shuffled[1], {"lpips_alex_to_full": shuffled[2]}) == whole
+    # Added one by one from the left, the ones would be lost.
+    for similarity in ([2.0**53, 1.0, 1.0], [1.0, 1.0, 2.0**53]):
+        assert reduce_paired(np.ones(3), np.array(similarity))["ssim_to_full"] == (2.0**53 + 2) / 3
 
 
-def test_label_agreement():
-    assert label_agreement(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 4])) == 0.75
-    with pytest.raises(ValueError, match="predictions"):
-        label_agreement(torch.tensor([1]), torch.tensor([1, 2]))
+def test_values_per_image_do_not_depend_on_company_or_threads():
+    a, b = images(70, 1, 8), images(70, 1, 8, seed=1)
+    whole = ssim(a, b)
+    assert whole.shape == (70,) and whole.dtype == torch.float64
+    torch.testing.assert_close(torch.cat([ssim(x[None], y[None]) for x, y in zip(a, b, strict=True)]), whole)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(ssim(a, b), whole) and torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_refuses_pairs_that_are_no_pairs():
@@ -136,39 +141,84 @@ def test_refuses_pairs_that_are_no_pairs():
     with pytest.raises(ValueError, match="float32"):
         ssim(images().float(), images().float())
     with pytest.raises(ValueError, match="no image pairs"):
-        PairedSums().compute()
+        reduce_paired(torch.zeros(0), torch.zeros(0))
+    with pytest.raises(ValueError, match="of different numbers"):
+        reduce_paired(torch.zeros(2), torch.zeros(2), {"lpips_alex_to_full": torch.zeros(1)})
 
 
-def test_lpips_without_weights_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    found = load_lpips()
-    assert isinstance(found, Unavailable) and found.name == "lpips_alex_to_full"
-    assert "alexnet-owt-7be5be79.pth" in found.reason and "curl" in found.fetch_line
-
-
-@pytest.fixture(scope="module")
-def alexnet(tmp_path_factory):
-    """A file in the format of torchvision's AlexNet, with random weights."""
-    from torchvision.models import alexnet
+def backbone(folder, net):
+    """A file in the format of torchvision's network, with random weights."""
+    from torchvision import models
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        state = alexnet(weights=None).state_dict()
-    path = tmp_path_factory.mktemp("weights") / "alexnet.pth"
-    torch.save({name: value for name, value in state.items() if name.startswith("features")}, path)
+        # The wide layers after the features take no part and would take seconds to draw.
+        features = models.alexnet().features if net == "alex" else models.vgg.make_layers(models.vgg.cfgs["D"])
+    path = folder / f"{net}.pth"
+    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, path)
     return path
 
 
-def test_lpips_takes_the_weights_and_measures(alexnet):
-    network = Lpips(alexnet)
-    released = torch.load(alexnet, weights_only=True)
+@pytest.fixture(scope="module", params=["alex", "vgg"])
+def lpips(request, tmp_path_factory):
+    path = backbone(tmp_path_factory.mktemp("weights"), request.param)
+    return Lpips(path, net=request.param), torch.load(path, weights_only=True)
+
+
+def test_lpips_takes_the_weights_and_measures(lpips):
+    network, released = lpips
     loaded = network._network.net.state_dict()
-    assert torch.equal(loaded["slice1.0.weight"], released["features.0.weight"])
-    assert torch.equal(loaded["slice5.10.weight"], released["features.10.weight"])
+    assert loaded
+    for name, value in loaded.items():
+        assert torch.equal(value, released["features." + name.split(".", 1)[1]])
+    assert not any(module.training for module in network._network.modules())
     a, b = images(3, 1, 8), images(3, 1, 8, seed=1)
     assert network(a, a).tolist() == [0.0, 0.0, 0.0]
     distances = network(a, b)
-    assert distances.shape == (3,) and bool((distances > 0).all())
-    sums = PairedSums(network=network)
-    sums.update(a, b)
-    assert sums.compute()["lpips_alex_to_full"] == pytest.approx(float(distances.mean()), rel=1e-5)
+    assert distances.shape == (3,) and bool((distances > 0).all()) and network(a[:0], b[:0]).shape == (0,)
+    torch.testing.assert_close(network(a[1:2], b[1:2]), distances[1:2], rtol=1e-4, atol=1e-6)
+    assert network.name in ("lpips_alex", "lpips_vgg") and "px when smaller" in network.protocol
+
+
+def test_lpips_sees_the_range_it_was_fitted_on(lpips):
+    """[-1, 1]; with [0, 1] half of the contrast would be gone."""
+    network, _ = lpips
+    from torchmetrics.functional.image.lpips import _lpips_update
+
+    seen = []
+    hook = network._network.scaling_layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    a, b = images(2, 3, 64), images(2, 3, 64, seed=1)
+    a[0], a[1] = 0, 255
+    ours = network(a, b)
+    hook.remove()
+    assert seen[0][0].unique().tolist() == [-1.0] and seen[0][1].unique().tolist() == [1.0]
+    # The library's own way in for images in [0, 1].
+    theirs = _lpips_update(a / 255, b / 255, network._network, normalize=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    wrong = _lpips_update(a / 255, b / 255, network._network, normalize=False)
+    assert bool(((ours - wrong).abs() > 1e-2 * ours).all())
+
+
+def test_lpips_does_not_depend_on_precision_outside_or_on_threads(lpips):
+    network, _ = lpips
+    a, b = images(40, 1, 8), images(40, 1, 8, seed=1)
+    plain = network(a, b)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(network(a, b), plain)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_making_a_network_draws_nothing_from_the_global_generator(tmp_path):
+    path = backbone(tmp_path, "alex")
+    state = torch.random.get_rng_state()
+    Lpips(path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_unknown_backbone_is_refused():
+    with pytest.raises(UsageError, match="'squeeze'; there are alex, vgg"):
+        load_lpips("squeeze")

@@ -69,6 +69,37 @@ def test_warm_up_is_run_and_not_counted(clock: Clock) -> None:
     assert timings["A"].median == 5.0
 
 
+def test_the_first_pass_of_the_warm_up_is_kept_apart(clock: Clock) -> None:
+    methods = {"A": clock.takes("A", 50.0, 60.0, 1.0), "B": clock.takes("B", 70.0, 80.0, 3.0)}
+    timings, _ = interleave(methods, 1, CPU, warmup=2)
+    assert (timings["A"].first_s, timings["B"].first_s) == (50.0, 70.0)
+    timings, _ = interleave({"A": clock.takes("A", 5.0)}, 1, CPU, warmup=0)
+    assert timings["A"].first_s is None
+
+
+def test_the_peak_of_memory_is_the_largest_of_a_round(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is forgotten before every run, so that no method pays for another or for the warm-up."""
+    peak = 0
+
+    def forget(device: torch.device) -> None:
+        nonlocal peak
+        peak = 0
+
+    def taking(*amounts: int) -> Callable[[], None]:
+        left = list(amounts)
+
+        def method() -> None:
+            nonlocal peak
+            peak = max(peak, left.pop(0))
+
+        return method
+
+    monkeypatch.setattr(throughput, "forget_peak", forget)
+    monkeypatch.setattr(throughput, "peak_memory", lambda device: peak)
+    timings, _ = interleave({"A": taking(900, 5, 7, 6), "B": taking(800, 3, 2, 1)}, 3, CPU, warmup=1)
+    assert (timings["A"].peak_memory_bytes, timings["B"].peak_memory_bytes) == (7, 3)
+
+
 def test_the_machine_is_watched_from_the_end_of_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     watch = SimpleNamespace(others=lambda: events.append("others"))
@@ -281,7 +312,7 @@ def test_a_busy_machine_gets_no_verdict(capsys: pytest.CaptureFixture[str], monk
     assert "other processes used 30% of the CPU time; measure again on a quiet machine" in captured.err
 
 
-@pytest.mark.parametrize("setting", ["batch=0", "repeats=0", "strata=0"])
+@pytest.mark.parametrize("setting", ["batch=0", "repeats=0", "strata=0", "rounds=0"])
 def test_bench_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], setting: str) -> None:
     assert cli.run(["bench", *TINY, setting]) == 2
     assert f"gearshift: {setting} must be at least 1" in capsys.readouterr().err

@@ -41,6 +41,20 @@ def test_a_stored_tensor_is_not_written_through() -> None:
     assert memory.num_bytes == 3 * 2 * 4
 
 
+def test_forgotten_rows_have_no_entry() -> None:
+    memory, keys = Memory(4, [(0, "map"), (1, "qk")]), [(0, "map"), (1, "qk")]
+    memory.begin_call()
+    for key in keys:
+        memory.write(key, Rows(4), {key[1]: (torch.arange(4.0),)})
+    memory.forget(torch.tensor([1, 3]))
+    for key in keys:
+        assert memory.valid(key, Rows(4)).tolist() == [True, False, True, False]
+        assert memory.read(key, Rows(4, torch.tensor([0, 2])))[key[1]][0].tolist() == [0, 2]
+    memory.begin_call()
+    memory.write(keys[0], Rows(4, torch.tensor([3])), {"map": (torch.tensor([9.0]),)})
+    assert memory.written(keys[0]).tolist() == [0, -1, 0, 1] and memory.written(keys[1])[3] == -1
+
+
 def test_entries_carry_no_graph() -> None:
     memory = Memory(2, [(0, "block")])
     memory.begin_call()

@@ -35,8 +35,15 @@ def test_mean_squared_error_by_hand(name: str) -> None:
     noise = draws.normal("noise", tuple(batch.images.shape[1:]))
     alpha, sigma = (f(time).float()[:, None, None, None] for f in (denoiser.process.alpha, denoiser.process.sigma))
     predicted = denoiser.rows(alpha * batch.images + sigma * noise, time, batch.cond).prediction
-    wanted = ((predicted[:, : network.in_channels] - noise) ** 2).mean()  # the variance channels have no part in it
-    torch.testing.assert_close(Simple(SimpleConfig()).loss(denoiser, batch, draws)["loss"], wanted)
+    wanted = ((predicted[:, : network.in_channels] - noise) ** 2).mean()
+    terms = Simple(SimpleConfig()).loss(denoiser, batch, draws)
+    if network.out_channels == network.in_channels:
+        assert set(terms) == {"loss"}
+        torch.testing.assert_close(terms["loss"], wanted)
+    else:  # variance channels have a term of their own, with weight 1; see test_variational
+        torch.testing.assert_close(terms["mse"], wanted)
+        torch.testing.assert_close(terms["loss"], terms["mse"] + terms["vlb"])
+        assert float(terms["vlb"]) != 0
 
 
 class _Weighted(VPSDE):

@@ -76,6 +76,12 @@ def test_several_devices_start_processes_and_leave_with_their_exit_code(environm
     assert started == [launch.launcher_arguments(2, ["train", "seed=1"])]
 
 
+@pytest.mark.parametrize("devices", [0, -3])
+def test_fewer_than_one_device_is_a_usage_error(environment, devices):
+    with pytest.raises(UsageError, match=rf"devices={devices} must be at least 1"):
+        launch.ensure_processes(devices, ["evaluate"], name="devices")
+
+
 def test_a_sweep_starts_no_processes(environment, monkeypatch):
     monkeypatch.setattr(launch, "_run", lambda arguments: pytest.fail("started processes"))
     with pytest.raises(

@@ -89,6 +89,28 @@ def test_no_wait_for_the_device_between_logged_steps(toy: ModuleType, tmp_path: 
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_no_wait_for_the_device_where_depths_are_decided(toy: ModuleType, tmp_path: Path) -> None:
+    """Times, depths, order and weights of the samples are settled on the host; the draws are those of the device."""
+    from gearshift.objectives.scheduled import Scheduled, ScheduledConfig
+    from gearshift.policies import ExitSchedule
+
+    class Watched(Scheduled):
+        def loss(self, denoiser: Any, batch: Any, draws: Any) -> dict[str, torch.Tensor]:
+            if batch.micro_batch == 2:
+                assert torch.equal(draws.host_uniform("time"), draws.uniform("time").cpu())
+            mode = {4: "error", 18: "default"}.get(batch.micro_batch)
+            if mode is not None:
+                torch.cuda.set_sync_debug_mode(mode)
+            return super().loss(denoiser, batch, draws)
+
+    settings = ScheduledConfig(schedule=ExitSchedule(depths=[4, 3, 2, 1]), weighting="inverse_depth", label_dropout=0.2)
+    try:
+        config = toy.toy_config(accelerator="cuda", log_every=100, clip_norm=1.0, freeze=("t_embedder.*",))
+        toy.toy_train(tmp_path / "run", config, denoiser=toy.toy_dit(), objective=Watched(settings))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_the_feed_on_the_device(toy: ModuleType, resident: bool) -> None:
     fields: dict[str, Any] = dict(seed=1, size=12, start=0, stop=12, labelled=True, flip=True)

@@ -20,12 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.backbones.base import Backbone
+from gearshift.backbones.dit import DiT, DiTConfig
 from gearshift.data.dataset import ImageDataset
 from gearshift.diffusion.denoiser import Denoiser
-from gearshift.diffusion.process import VPSDE, VPSDEConfig
+from gearshift.diffusion.process import VPSDE, Process, VPSDEConfig
 from gearshift.execution.stream import Rows, Stream
 from gearshift.objectives.base import Batch, Draws
+from gearshift.objectives.scheduled import Scheduled, ScheduledConfig
 from gearshift.objectives.simple import Simple, SimpleConfig
+from gearshift.policies import ExitSchedule
 from gearshift.runtime.errors import UserError
 from gearshift.runtime.run import RunFolder
 from gearshift.training.config import TrainerConfig
@@ -76,6 +79,24 @@ class PoisonedOnRank1(Simple):
         return {"loss": terms["loss"] * (float("nan") if bad else 1.0)}
 
 
+class Halves(Scheduled):
+    """A schedule under which the halves of a batch, which are the slices of two processes, need different depths.
+
+    In even micro-batches the second half runs all four blocks, the first half two; in odd ones, and in the last two of
+    every eight, both run two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(ScheduledConfig(schedule=ExitSchedule(depths=[4, 2]), label_dropout=0.2))
+
+    def times(self, process: Process, draws: Draws) -> Tensor:
+        assert draws.batch.host_slot is not None
+        number = draws.batch.micro_batch
+        deep = (draws.batch.host_slot >= 6) & (number % 2 == 0) & (number % 8 < 6)
+        uniform = draws.host_uniform("time") / 2
+        return process.times_from_uniform(torch.where(deep, 0.5 + uniform, uniform))  # time is 1 - u
+
+
 def toy_dataset(count: int = 50) -> ImageDataset:
     generator = torch.Generator().manual_seed(7)
     return ImageDataset(
@@ -94,6 +115,18 @@ def toy_denoiser(seed: int = 0, **backbone: Any) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Denoiser(ToyBackbone(**backbone), VPSDE(VPSDEConfig()))
+
+
+def toy_dit(seed: int = 0) -> Denoiser:
+    """A DiT of four blocks with a learned variance, whose blocks do something from the start."""
+    sizes = dict(image_size=SIDE, in_channels=1, patch_size=2, embed_dim=8, depth=4, num_heads=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = DiT(DiTConfig(**sizes, num_classes=CLASSES, null_class=True))  # type: ignore[arg-type]
+        for parameter in network.parameters():
+            if parameter.requires_grad and not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+    return Denoiser(network, VPSDE(VPSDEConfig()))
 
 
 def toy_config(**changes: Any) -> TrainerConfig:
@@ -161,7 +194,10 @@ def main(verb: str, folder: str, fields: str, *rest: str) -> int:
     try:
         objective = (PoisonedOnRank1 if "poison" in rest else Simple)(SimpleConfig(label_dropout=0.2))
         objective.may_leave_unused = "spare" in rest
-        answer = toy_train(folder, config, denoiser=toy_denoiser(spare="spare" in rest), objective=objective)
+        parts: dict[str, Any] = dict(denoiser=toy_denoiser(spare="spare" in rest), objective=objective)
+        if "scheduled" in rest:
+            parts = dict(denoiser=toy_dit(), objective=Halves())
+        answer = toy_train(folder, config, **parts)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from gearshift.backbones.base import Backbone
 from gearshift.backbones.exits import EarlyExit
@@ -29,7 +32,12 @@ def load_into(network: Backbone, source: str | os.PathLike[str], *, heads: bool)
     state = exported_state(source)
     if state is None:
         _official(network, source, heads)
-        return
+    else:
+        load_state(network, state, source, heads=heads)
+
+
+def load_state(network: Backbone, state: Mapping[str, Tensor], source: str | os.PathLike[str], *, heads: bool) -> None:
+    """`load_into` for weights under the network's own names, with or without exits, that came from `source`."""
     inside = {name.removeprefix(_BACKBONE): v for name, v in state.items() if name.startswith(_BACKBONE)}
     if isinstance(network, EarlyExit):
         if inside:

@@ -1,4 +1,4 @@
-"""Small layers that transformer backbones share: patch embedding, time sinusoid, MLP, initialisation.
+"""Small layers that transformer backbones share: patches, sinusoids of time and position, MLP, initialisation.
 
 Attribute names are those of the official repositories (timm's), so that released weights load.
 """
@@ -23,6 +23,24 @@ def sinusoid(time: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def sincos_positions(width: int, rows: int, columns: int, max_period: float = 10000.0) -> Tensor:
+    """Fixed table [1, rows * columns, width] of a row-major grid, fp32, computed in float64 (arXiv 2212.09748).
+
+    The column of a token fills the first half of the channels and its row the second; each half is sines, then cosines,
+    of the coordinate times max_period^(-k / (width/4)). `width` divides by four.
+    """
+    quarter = width // 4
+    rates = 1 / max_period ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def axis(length: int) -> Tensor:
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), rates)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    across = axis(columns)[None].expand(rows, columns, -1)
+    down = axis(rows)[:, None].expand(rows, columns, -1)
+    return torch.cat([across, down], dim=2).reshape(1, rows * columns, width).to(torch.float32)
+
+
 class PatchEmbed(nn.Module):
     """Images [n, C, H, W] to tokens [n, (H/p)(W/p), D], row-major; one strided convolution with bias."""
 
@@ -36,12 +54,15 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear over tokens [n, N, D]; `hidden` is the inner width."""
+    """Linear, GELU, linear over tokens [n, N, D]; `hidden` is the inner width.
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    `approximate` is that of `torch.nn.GELU`: "none" for the exact function, "tanh" for its approximation.
+    """
+
+    def __init__(self, dim: int, hidden: int, approximate: str = "none") -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
+        self.act = nn.GELU(approximate=approximate)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:

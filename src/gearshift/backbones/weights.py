@@ -1,13 +1,16 @@
-"""Weights in and out: official U-ViT and AdaDiff state dicts, and safetensors files that carry their configuration.
+"""Weights in and out: official state dicts of U-ViT, AdaDiff and DiT, and safetensors that carry their configuration.
 
-Official files are flat dictionaries of tensors (`nnet_ema.pth` of a training folder, or a released EMA file). All files
-are read as safetensors or with `weights_only=True`, so one from elsewhere cannot run code.
+Official files are flat dictionaries of tensors (`nnet_ema.pth` of a training folder, or a released EMA file), or what
+the training script of DiT writes, which holds one under `ema`. A DiT may also come in the layout of diffusers. All
+files are read as safetensors or with `weights_only=True`, so one from elsewhere cannot run code.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from gearshift.backbones import dit_weights
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import atomic_write
 
@@ -27,6 +31,7 @@ ADADIFF_HEADS = "lte_classifer."
 _HEAD_NAME = re.compile(re.escape(ADADIFF_HEADS) + r"(\d+)\.lte\.(weight|bias)")
 _OTHER = {"weight": "bias", "bias": "weight"}
 EMA_FILE = "nnet_ema.pth"
+TRAINING_EMA = "ema"
 CONFIG_KEY = "gearshift_config"
 _SHOWN = 3
 
@@ -35,7 +40,8 @@ def import_official(path: str | os.PathLike[str], backbone: nn.Module) -> StateD
     """Load an official state dict into `backbone`, strictly, and return what AdaDiff's heads are under their own names.
 
     Args:
-        path: `.pth` or `.safetensors` file with a flat state dict, or a training folder that holds `nnet_ema.pth`.
+        path: `.safetensors` file or any file of torch.save, with a flat state dict or one under `ema`; or a folder: of
+            a U-ViT training (with `nnet_ema.pth`), of a DiT in diffusers, or of its pipeline.
         backbone: takes the weights in place, in its own precision; on the meta device it takes the tensors themselves.
 
     Returns:
@@ -48,6 +54,9 @@ def import_official(path: str | os.PathLike[str], backbone: nn.Module) -> StateD
     """
     file = _official_file(Path(path))
     state = _read_safetensors(file)[0] if file.suffix == ".safetensors" else _read_pickle(file)
+    if dit_weights.is_diffusers(state):
+        positions = backbone.state_dict().get("pos_embed")
+        state = dit_weights.from_diffusers(state, 0 if positions is None else positions.shape[1])
     heads = {name: state.pop(name) for name in list(state) if name.startswith(ADADIFF_HEADS)}
     load_strict(backbone, state, file)
     return heads
@@ -117,10 +126,10 @@ def export_safetensors(
     config_yaml: str,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors to a safetensors file, atomically, with the configuration as text in its header.
+    """`write_safetensors` with the configuration as text in the header.
 
     Args:
-        state_dict: tensors of any device and layout; those that share storage are written apart.
+        state_dict: the tensors.
         config_yaml: whatever rebuilds the network.
         metadata: further strings for the header (origin, step, and the like).
 
@@ -132,6 +141,17 @@ def export_safetensors(
     if CONFIG_KEY in header:
         raise ValueError(f"metadata key {CONFIG_KEY!r} is where the configuration goes; choose another")
     header[CONFIG_KEY] = config_yaml
+    write_safetensors(path, state_dict, header)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], header: Mapping[str, str]
+) -> None:
+    """Write tensors of any device and layout to a safetensors file, atomically; those that share storage, apart.
+
+    Raises:
+        RunError: the file could not be written.
+    """
     seen: set[int] = set()
     tensors: StateDict = {}
     for name, tensor in state_dict.items():
@@ -139,7 +159,7 @@ def export_safetensors(
         # The format has no aliases.
         tensors[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
-    atomic_write(path, safetensors.torch.save(tensors, metadata=header))
+    atomic_write(path, safetensors.torch.save(tensors, metadata=dict(header)))
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, str, dict[str, str]]:
@@ -163,13 +183,21 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, str, dict
 
 
 def _official_file(path: Path) -> Path:
+    theirs = [Path(folder, name) for folder in ("", dit_weights.SUBFOLDER) for name in dit_weights.WEIGHTS]
     if path.is_dir():
-        if not (path / EMA_FILE).is_file():
-            found = sorted(entry.name for entry in path.iterdir())[:_SHOWN] or ["nothing"]
-            raise UsageError(f"{path} is no training folder: it has no {EMA_FILE}, but {', '.join(found)}")
-        return path / EMA_FILE
+        for name in (Path(EMA_FILE), *theirs):
+            if (path / name).is_file():
+                return path / name
+        found = sorted(entry.name for entry in path.iterdir())[:_SHOWN] or ["nothing"]
+        raise UsageError(
+            f"{path} is no folder of weights: it has no {EMA_FILE}, but {', '.join(found)}; "
+            f"a folder of diffusers would have {' or '.join(map(str, theirs))}"
+        )
     if not path.is_file():
-        raise UsageError(f"there is no file {path}; give a .pth or .safetensors file, or a folder with {EMA_FILE}")
+        raise UsageError(
+            f"there is no file {path}; give a .pth, .pt or .safetensors file, a folder with {EMA_FILE}, or one of "
+            "diffusers"
+        )
     return path
 
 
@@ -185,18 +213,25 @@ def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
 
 def _read_pickle(file: Path) -> StateDict:
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        # DiT's training script keeps its command line beside the weights. Mapped, because it keeps the optimiser too:
+        # only what is copied below is read.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(
+                os.fspath(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None
+            )
     except Exception as error:  # the reader fails in as many ways as a file can be broken
         raise RunError(
             f"{file} is corrupt, or holds more than tensors ({_line(error)}); only weights are read, never code"
         ) from error
     if not isinstance(loaded, dict):
         raise RunError(f"{file} holds a {type(loaded).__name__}, not a state dict; give a file of names and tensors")
+    if isinstance(loaded.get(TRAINING_EMA), dict):
+        loaded = loaded[TRAINING_EMA]
     foreign = [f"{name} ({type(value).__name__})" for name, value in loaded.items() if not isinstance(value, Tensor)]
     if foreign or not loaded:
         what = _few("among its entries", foreign) or "it is empty"
         raise RunError(f"{file} is no flat state dict: {what}; save the state dict of the network alone")
-    return {str(name): value for name, value in loaded.items()}
+    return {str(name): value.clone() for name, value in loaded.items()}
 
 
 def _few(what: str, names: Iterable[str]) -> str:

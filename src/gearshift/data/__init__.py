@@ -1,1 +1,1 @@
-"""Images and labels: decoded once into one uint8 array, mapped to [-1, 1] in one place."""
+"""Images, latents and labels. Pixels are decoded once into one uint8 array and mapped to [-1, 1] in one place."""

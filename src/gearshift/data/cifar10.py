@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from gearshift.data.cache import Decoded, Encoded, decode_once, fingerprint
+from gearshift.data.crops import read_image
 from gearshift.data.dataset import ImageDataset, check_split
-from gearshift.data.imagefolder import ImageFolder, ImageFolderConfig, read_image
+from gearshift.data.imagefolder import ImageFolder, ImageFolderConfig
 from gearshift.runtime.errors import RunError, UsageError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -1,10 +1,15 @@
-"""A split of a data set: every image in one uint8 array, and what is known of it before it is loaded."""
+"""A split of a data set, and what is known of it before it is loaded.
+
+Three views: `ImageDataset` holds every image in one uint8 array; `ImageSource` is what can be read by index ranges, for
+sets whose pixels should never all lie somewhere; `TrainingData` is what a training takes its batches from.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -45,21 +50,122 @@ class ImageDataset:
         """Height in pixels, which is the width too."""
         return self.images_u8.shape[-1]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the images."""
+        return self.images_u8.nbytes
+
+    @property
+    def noise_shape(self) -> None:
+        """Nothing about an image is random."""
+        return None
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> ImageDataset:
+        """The same split with `function` of its two tensors in their place."""
+        labels = None if self.labels is None else function(self.labels)
+        return replace(self, images_u8=function(self.images_u8), labels=labels)
+
     def to(self, device: torch.device | str) -> ImageDataset:
         """The same split with its two tensors on `device`."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return replace(self, images_u8=self.images_u8.to(device), labels=labels)
+        return self.apply(lambda tensor: tensor.to(device))
 
-    def gather(self, index: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Images of `index` (int64 [B], on the device of the split) as float32 [B, C, H, W] in [-1, 1], and their
-        labels.
+    def read(self, start: int, stop: int) -> Tensor:
+        """Images start..stop-1, uint8 [stop - start, C, H, W]."""
+        return self.images_u8[start:stop]
+
+    def take(self, index: Tensor, flip: Tensor | None = None) -> ImageDataset:
+        """The images of `index` (int64 [B], on the device of the split) alone, in that order.
 
         `flip` (bool [B]) says which of them are mirrored left to right; who draws it is the trainer's business.
         """
-        images = to_pm1(self.images_u8[index])
+        images = self.images_u8[index]
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return images, None if self.labels is None else self.labels[index]
+        return replace(self, images_u8=images, labels=None if self.labels is None else self.labels[index])
+
+    def floats(self, noise: None = None) -> Tensor:
+        """All images as float32 [N, C, H, W] in [-1, 1]."""
+        return to_pm1(self.images_u8)
+
+    def gather(self, index: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Images of `index` as float32 [B, C, H, W] in [-1, 1], and their labels; `flip` as in `take`."""
+        taken = self.take(index, flip)
+        return taken.floats(), taken.labels
+
+
+class ImageSource(Protocol):
+    """Images of one split that are read by index ranges; the fields mean what those of `ImageDataset` do, but `digest`
+    may be one of the files where that of the content would take reading them all."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def provenance(self) -> str: ...
+    @property
+    def num_classes(self) -> int | None: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Images start..stop-1, uint8 [stop - start, C, H, W]. Raises RunError naming an image that is broken."""
+        ...
+
+
+Self = TypeVar("Self", bound="TrainingData")
+
+
+class TrainingData(Protocol):
+    """A split as a training needs it: rows are taken, moved, and made into what the network is trained on.
+
+    `noise_shape` is that of the standard normal noise per row that `floats` wants, None where it wants none.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def num_classes(self) -> int | None: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def noise_shape(self) -> tuple[int, ...] | None: ...
+
+    def __len__(self) -> int: ...
+
+    def apply(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same rows with `function` of every tensor in its place."""
+        ...
+
+    def to(self: Self, device: torch.device | str) -> Self:
+        """The same rows on `device`."""
+        ...
+
+    def take(self: Self, index: Tensor, flip: Tensor | None = None) -> Self:
+        """The rows of `index` (int64 [B]) alone, those in `flip` (bool [B]) mirrored left to right."""
+        ...
+
+    def floats(self, noise: Any = None) -> Tensor:
+        """Rows that were taken, as float32 [B, C, H, W]; `noise` is [B, *noise_shape]."""
+        ...
 
 
 class DataSource(Protocol):
@@ -73,6 +179,13 @@ class DataSource(Protocol):
     def load(self, split: str) -> ImageDataset:
         """The split "train" or "test". Raises UsageError for another name, RunError when the data cannot be read."""
         ...
+
+
+def source_of(data: DataSource, split: str) -> ImageSource:
+    """A split to be read by index ranges: from its stream where it has one, else loaded. Raises as `load` does."""
+    stream = getattr(data, "stream", data.load)
+    found: ImageSource = stream(split)
+    return found
 
 
 def content_digest(images_u8: np.ndarray, labels: np.ndarray | None) -> str:

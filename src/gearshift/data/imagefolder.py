@@ -1,8 +1,6 @@
 """Any tree of image files: class folders or a flat folder, cropped and resized to squares of one size.
 
-Preprocessing (stated because it moves every metric): the shorter side is halved with a box filter while it is at least
-twice `size`, brought to `size` by bicubic interpolation, and the centre is cropped, as in the preprocessing that the
-published ImageNet statistics of Dhariwal and Nichol (2105.05233) use. An image that has the size is left as it is.
+Preprocessing: see `crops`; `crop` cuts a box out of every image before it.
 
 Splits: folders `train` and `test` (or `val`, `valid`, `validation`) where present; otherwise an image is a test image
 when the hash of its path falls below `test_fraction`, so that adding images never moves one from one split to the
@@ -21,8 +19,9 @@ import numpy as np
 import torch
 
 from gearshift.data.cache import Encoded, decode_once, fingerprint
+from gearshift.data.crops import Box, read_image
 from gearshift.data.dataset import ImageDataset, check_split
-from gearshift.runtime.errors import RunError, UsageError
+from gearshift.runtime.errors import UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _TEST_NAMES = ("test", "val", "valid", "validation")
@@ -32,13 +31,15 @@ _EXPECTED = "expected a folder of images, of class folders with images, or of tr
 @dataclass(frozen=True)
 class ImageFolderConfig:
     """path: the folder. size: side in pixels. channels: 1 (grey) or 3 (RGB). flip: mirror images in training.
-    test_fraction: share of test images where the tree has no split of its own."""
+    test_fraction: share of test images where the tree has no split of its own. crop: (left, top, right, bottom) in
+    pixels, cut out of every image first."""
 
     path: str
     size: int
     channels: int = 3
     flip: bool = True
     test_fraction: float = 0.1
+    crop: Box | None = None
 
 
 class ImageFolder:
@@ -56,6 +57,10 @@ class ImageFolder:
         if config.size < 1 or not 0 < config.test_fraction < 1:
             raise UsageError(
                 f"size={config.size}, test_fraction={config.test_fraction}: need size >= 1 and 0 < fraction < 1"
+            )
+        if config.crop is not None and not _is_box(config.crop):
+            raise UsageError(
+                f"crop={list(config.crop)} is not left, top, right, bottom with 0 <= left < right and so on"
             )
         self.config = config
         self.root = Path(config.path).expanduser()
@@ -90,14 +95,18 @@ class ImageFolder:
             "files": fingerprint(files, self.root),
             "classes": self.class_names,
         }
+        if config.crop is not None:
+            key["crop"] = config.crop
 
         def items() -> Iterator[tuple[np.ndarray, int]]:
             for path, label in pairs:
-                yield read_image(path, config.size, config.channels), label
+                yield read_image(path, config.size, config.channels, box=config.crop), label
 
         shape = (config.channels, config.size, config.size)
         decoded = decode_once(key, lambda: Encoded(len(pairs), shape, self.num_classes is not None, items))
         rule = f"{split}/" if self._parts.get("test") else f"{config.test_fraction:g} of the paths' hashes is test"
+        size = f"{config.size}px by box and bicubic"
+        size = size if config.crop is None else f"box {list(config.crop)}, {size}"
         return ImageDataset(
             images_u8=torch.from_numpy(decoded.images),
             labels=None if decoded.labels is None else torch.from_numpy(decoded.labels),
@@ -106,7 +115,7 @@ class ImageFolder:
             name=self.root.resolve().name,
             split=split,
             digest=decoded.digest,
-            provenance=f"image folder {config.path}, {split} {len(pairs)} ({rule}), {config.size}px by box and bicubic",
+            provenance=f"image folder {config.path}, {split} {len(pairs)} ({rule}), {size}",
         )
 
     def _list(self, split: str) -> list[tuple[Path, int]]:
@@ -129,30 +138,9 @@ class ImageFolder:
         return [(path, self.class_names.index(name)) for name in names for path in _images(root / name)]
 
 
-def read_image(source: Path | Any, size: int, channels: int, what: str = "") -> np.ndarray:
-    """One image file (path or binary stream) as uint8 [channels, size, size], by the rule at the top of this file.
-
-    Raises RunError naming the file (or `what`) when it is not an image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(source) as opened:
-            # Through RGBA, because a palette with transparency loses it with a warning otherwise.
-            image: Image.Image = opened.convert("RGBA") if opened.mode == "P" else opened
-            image = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RunError(f"{what or source} is not an image that can be read ({error}); replace or remove it") from error
-    if image.size != (size, size):
-        while min(image.size) >= 2 * size:
-            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-        scale = size / min(image.size)
-        width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+def _is_box(box: Box) -> bool:
+    left, top, right, bottom = box
+    return 0 <= left < right and 0 <= top < bottom
 
 
 def _subfolders(root: Path) -> list[str]:

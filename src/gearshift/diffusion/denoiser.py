@@ -1,11 +1,14 @@
 """Denoiser: backbone + process + guidance, one noise level per row.
 
-Guidance scale is `w` (1 = off): eps = eps_u + w (eps_c - eps_u). A skipped row keeps the eps (and variance) of its own
-branch from before guidance; x0 is derived again at the current x.
+Guidance scale is `w` (1 = off): eps = eps_u + w (eps_c - eps_u), on all channels or on the first few (the official DiT
+guides 3 of 4; arXiv 2212.09748), at all noise levels or within an interval of log-SNR (arXiv 2404.07724). Outside of it
+only the conditional branch is run. A skipped row keeps the eps (and variance) of its own branch from before guidance;
+x0 is derived again at the current x.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +50,7 @@ class Prediction:
         held: per row, before guidance; what a later skipped call reuses.
         called: which rows were evaluated in this call, host bool [R].
         depth: blocks run per row, 0 where it was not evaluated; host int64 [R].
+        branches: branches that eps is made of: 1 outside the interval of guidance (the conditional one), else all.
         taps, uncertainty: heads at the tapped depths, [R, ...].
         trace: what ran.
     """
@@ -57,6 +61,7 @@ class Prediction:
     held: Held
     called: Tensor
     depth: Tensor
+    branches: int
     taps: dict[int, Tensor] = field(default_factory=dict)
     uncertainty: dict[int, Tensor] = field(default_factory=dict)
     trace: list[Event] = field(default_factory=list)
@@ -124,6 +129,8 @@ class Denoiser(nn.Module):
         *,
         plan: StepPlan = FULL,
         guidance: float = 1.0,
+        guidance_channels: int | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         memory: Memory | None = None,
         held: Held | None = None,
         level: tuple[float, float] | None = None,
@@ -137,26 +144,40 @@ class Denoiser(nn.Module):
             cond: labels [B], text [B, L, D], or None.
             plan: per-row tensors have R = branches * B entries, branch-major.
             guidance: w.
+            guidance_channels: guide the first so many channels; the others are the conditional branch's. None is all.
+            guidance_interval: least and greatest log-SNR at which samples are guided; elsewhere the unconditional rows
+                are not called, whatever the plan says of them. None is everywhere.
             level: alpha and sigma of x where the solver knows them better than `time` does (grids between table
                 entries); None takes those of `time`.
             held: the last prediction; rows without a valid one are evaluated even where the plan skips them.
         """
         batch, branches = len(x), self.num_branches(guidance)
         total = batch * branches
-        called = self._called(plan, held, total)
+        alpha, sigma = level or (float(self.process.alpha(time)), float(self.process.sigma(time)))
+        wanted = branches if _within(guidance_interval, alpha, sigma) else 1
+        called = _called(plan, held, batch, branches, wanted)
         if bool(called.any()):
             subset = None if bool(called.all()) else called.nonzero().flatten()
-            x_rows = x if branches == 1 else x.repeat(branches, *[1] * (x.ndim - 1))
-            cond_rows = self._branch_cond(cond, batch, branches, x.device)
+            # Rows are picked from the wanted branches, where usually all are called.
+            picked = None if int(called.sum()) == wanted * batch else subset
+            x_rows = x if wanted == 1 else x.repeat(wanted, *[1] * (x.ndim - 1))
+            cond_rows = self._branch_cond(cond, batch, wanted, x.device)
             outputs = self.rows(
-                gather(x_rows, subset),
+                gather(x_rows, picked),
                 time,
-                None if cond_rows is None else gather(cond_rows, subset),
+                None if cond_rows is None else gather(cond_rows, picked),
                 plan,
                 memory=memory,
                 packing=packing,
                 subset=None if subset is None else Rows(total, subset),
             )
+            if wanted < branches:
+                # What their other branch left behind is now older than the sample's own prediction.
+                outdated = called.nonzero().flatten() + batch
+                if held is not None:
+                    held = Held(held.eps, held.variance, held.valid.index_fill(0, outdated, False))
+                if memory is not None:
+                    memory.forget(outdated)
             fresh = self._split(outputs.prediction, x.shape[1], called)
             now = fresh if subset is None else _merged(held, fresh, subset, total)
             depth = torch.zeros(total, dtype=torch.int64)
@@ -166,11 +187,9 @@ class Denoiser(nn.Module):
             assert held is not None  # a row without a valid prediction is called
             now, depth = held, torch.zeros(total, dtype=torch.int64)
             taps, uncertainty, trace = {}, {}, []
-        eps = now.eps
-        if branches == 2:
-            conditional, unconditional = now.eps.chunk(2)
-            eps = torch.lerp(unconditional, conditional, guidance)
-        alpha, sigma = level or (float(self.process.alpha(time)), float(self.process.sigma(time)))
+        eps = now.eps[:batch]
+        if wanted == 2:
+            eps = _guided(eps, now.eps[batch:], guidance, guidance_channels)
         variance = None if now.variance is None else now.variance[:batch]
         return Prediction(
             eps=eps,
@@ -179,15 +198,11 @@ class Denoiser(nn.Module):
             held=now,
             called=called,
             depth=depth,
+            branches=wanted,
             taps=taps,
             uncertainty=uncertainty,
             trace=trace,
         )
-
-    @staticmethod
-    def _called(plan: StepPlan, held: Held | None, total: int) -> Tensor:
-        called = torch.as_tensor(plan.call).expand(total)
-        return torch.ones(total, dtype=torch.bool) if held is None else called | ~held.valid
 
     def _branch_cond(self, cond: Tensor | None, batch: int, branches: int, device: torch.device) -> Tensor | None:
         if branches == 1:
@@ -202,6 +217,32 @@ class Denoiser(nn.Module):
         if output.shape[1] == channels:
             return Held(output, None, called)
         return Held(output[:, :channels], output[:, channels:], called)
+
+
+def _within(interval: tuple[float, float] | None, alpha: float, sigma: float) -> bool:
+    """Whether the log-SNR of a level lies in the closed interval."""
+    if interval is None:
+        return True
+    log_snr = 2 * (math.log(alpha) - math.log(sigma)) if alpha > 0 and sigma > 0 else math.copysign(math.inf, -sigma)
+    return interval[0] <= log_snr <= interval[1]
+
+
+def _called(plan: StepPlan, held: Held | None, batch: int, branches: int, wanted: int) -> Tensor:
+    """Rows that are evaluated, host bool [R]: in the wanted branches, those of the plan and those that hold nothing."""
+    called = torch.zeros(branches, batch, dtype=torch.bool)
+    if held is None:
+        called[:wanted] = True
+        return called.flatten()
+    asked = torch.as_tensor(plan.call).expand(branches * batch).reshape(branches, batch)
+    valid = held.valid.reshape(branches, batch)
+    # A sample whose guidance starts here is evaluated in both branches: what is mixed is of one call.
+    called[:wanted] = asked[:wanted] | ~valid[:wanted].all(0)
+    return called.flatten()
+
+
+def _guided(conditional: Tensor, unconditional: Tensor, guidance: float, channels: int | None) -> Tensor:
+    mixed = torch.lerp(unconditional[:, :channels], conditional[:, :channels], guidance)
+    return mixed if channels is None else torch.cat([mixed, conditional[:, channels:]], dim=1)
 
 
 def _merged(held: Held | None, fresh: Held, subset: Tensor, total: int) -> Held:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from gearshift.data.dataset import ImageDataset
 from gearshift.data.pixels import to_pm1
-from gearshift.evaluation.weights import exact_fp32
+from gearshift.evaluation.batches import in_batches
+from gearshift.evaluation.weights import weights_digest
 from gearshift.runtime import keys
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import atomic_write
@@ -107,6 +108,8 @@ _NETWORKS: dict[str, type[PlainNet] | type[ResidualNet]] = {"plain": PlainNet, "
 class Classifier:
     """A trained network. `accuracy` in [0, 1] is on the held-out split; `test_images` says how many images that is."""
 
+    batch = _BATCH
+
     def __init__(
         self, network: PlainNet | ResidualNet, recipe: Recipe, accuracy: float, test_images: int, data: str
     ) -> None:
@@ -116,6 +119,7 @@ class Classifier:
         self.test_images = test_images
         self.data = data
         self.feature_dim = network.feature_dim
+        self.num_classes = network.head.out_features
 
     @property
     def device(self) -> torch.device:
@@ -128,21 +132,32 @@ class Classifier:
             f"{self.recipe.seed}, accuracy {100 * self.accuracy:.1f} % on {self.test_images} held-out real images)"
         )
 
+    def digest(self) -> str:
+        """SHA-256 of the weights."""
+        return weights_digest(self._network)
+
+    def outputs(self, images_u8: Tensor) -> tuple[Tensor, Tensor]:
+        """One batch on the classifier's device, at whatever precision holds: features float32 [N, feature_dim] and
+        logits float32 [N, classes]."""
+        features = self._network(to_pm1(images_u8))
+        return features, self._network.head(features)
+
     def features(self, images_u8: Tensor) -> Tensor:
         """Penultimate layer: uint8 [N, C, H, W] -> float32 [N, feature_dim], on the classifier's device."""
-        with exact_fp32(self.device):
-            parts = [self._network(to_pm1(part.to(self.device))) for part in images_u8.split(_BATCH)]
-        return torch.cat(parts) if parts else torch.empty(0, self.feature_dim, device=self.device)
+        return self._read(images_u8, 0, self.feature_dim)
 
     def logits(self, images_u8: Tensor) -> Tensor:
         """uint8 [N, C, H, W] -> float32 [N, classes]."""
-        with exact_fp32(self.device):
-            out: Tensor = self._network.head(self.features(images_u8))
-        return out
+        return self._read(images_u8, 1, self.num_classes)
 
     def predict(self, images_u8: Tensor) -> Tensor:
         """uint8 [N, C, H, W] -> int64 [N], the most likely class of each image."""
         return self.logits(images_u8).argmax(dim=1)
+
+    def _read(self, images_u8: Tensor, which: int, width: int) -> Tensor:
+        """In exact float32, with bits that do not depend on the number of threads."""
+        parts = in_batches(lambda part: self.outputs(part)[which], [images_u8], self.batch, self.device)
+        return torch.cat(parts) if parts else torch.empty(0, width, device=self.device)
 
 
 def get_classifier(

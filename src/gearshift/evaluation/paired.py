@@ -1,30 +1,32 @@
 """How close two sets of images are, image by image: samples of a cheaper run against the full run from the same noise.
 
-All of it is measured on grey levels after rounding, which is what a viewer gets. PSNR says whether it pools the error
-over all images (global) or averages the images' own values (per image); the two differ by several dB on the same
-pair. Images that are equal bit for bit have no PSNR: their share is reported instead of a capped number.
+All of it is measured on grey levels after rounding, which is what a viewer gets, and given per image; `reduce_paired`
+makes the numbers. PSNR says whether it pools the error over all images (global) or averages the images' own values (per
+image); the two differ by several dB on the same pair. Images that are equal bit for bit have no PSNR: their share is
+reported instead of a capped number.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gearshift.data.pixels import to_pm1
-from gearshift.evaluation.weights import Unavailable, WeightFile, exact_fp32, locate
+from gearshift.evaluation.batches import in_batches
+from gearshift.evaluation.weights import ALEXNET, VGG16, Unavailable, WeightFile, locate
+from gearshift.runtime.errors import UsageError
 
-ALEXNET = WeightFile(
-    file_name="alexnet-owt-7be5be79.pth",
-    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    sha256_prefix="7be5be79",
-)
-# The smallest image that AlexNet's poolings leave anything of is 63 pixels at LPIPS' taps; smaller ones are enlarged.
-LPIPS_SIZE = 64
 PSNR_PROTOCOL = "dB on uint8, range 255; global: from the mean square error pooled over all images"
+_BATCH = 32
+Values = Tensor | NDArray[Any]
 
 
 def psnr(mean_square_error: float) -> float | None:
@@ -59,78 +61,68 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
     _check(images, reference)
     sigma, _ = ssim_window(images.shape[-1])
-    with exact_fp32(images.device):
+
+    def one(a: Tensor, b: Tensor) -> Tensor:
         values = structural_similarity_index_measure(
-            images.double(), reference.double(), sigma=sigma, data_range=255.0, reduction="none"
+            a.double(), b.double(), sigma=sigma, data_range=255.0, reduction="none"
         )
-    assert isinstance(values, Tensor)
-    return values.reshape(len(images))
+        assert isinstance(values, Tensor)
+        return values.reshape(len(a))
+
+    parts = in_batches(one, [images, reference], _BATCH, images.device)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=images.device)
 
 
-@dataclass
-class PairedSums:
-    """Running sums over chunks of image pairs; `update` in chunk order, `merge` across shards, `compute` at the end."""
+def reduce_paired(
+    errors: Values, similarity: Values, perceptual: Mapping[str, Values] | None = None
+) -> dict[str, float | None]:
+    """The numbers of N >= 1 pairs from values per image: `image_errors`, `ssim`, and `Lpips` by name in the results.
 
-    count: int = 0
-    identical: int = 0
-    error: float = 0.0
-    psnr: float = 0.0
-    ssim: float = 0.0
-    lpips: float = 0.0
-    network: Lpips | None = field(default=None, repr=False)
-
-    def update(self, images: Tensor, reference: Tensor) -> None:
-        """Add pairs of uint8 [N, C, H, W]. Raises ValueError when shapes or types differ."""
-        errors = image_errors(images, reference)
-        self.count += len(errors)
-        self.identical += int((errors == 0).sum())
-        self.error += errors.sum().item()
-        self.psnr += (10.0 * torch.log10(255.0**2 / errors[errors > 0])).sum().item()
-        self.ssim += ssim(images, reference).double().sum().item()
-        if self.network is not None:
-            self.lpips += self.network(images, reference).double().sum().item()
-
-    def merge(self, other: PairedSums) -> None:
-        """Add the sums of another shard."""
-        for name in ("count", "identical", "error", "psnr", "ssim", "lpips"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def compute(self) -> dict[str, float | None]:
-        """`psnr_to_full` (global; None when every image is equal), `psnr_to_full_per_image` (mean over images that
-        differ), `identical_to_full` (share of equal images), `ssim_to_full`, and `lpips_alex_to_full` where there is
-        a
-        network."""
-        if self.count == 0:
-            raise ValueError("no image pairs were added")
-        differing = self.count - self.identical
-        values = {
-            "psnr_to_full": psnr(self.error / self.count),
-            "psnr_to_full_per_image": self.psnr / differing if differing else None,
-            "identical_to_full": self.identical / self.count,
-            "ssim_to_full": self.ssim / self.count,
-        }
-        if self.network is not None:
-            values["lpips_alex_to_full"] = self.lpips / self.count
-        return values
+    Gives `psnr_to_full` (global; None when every image is equal), `psnr_to_full_per_image` (mean over images that
+    differ; None where none does), `identical_to_full` (share of equal images), `ssim_to_full`, and the mean of each of
+    `perceptual`. Sums are rounded once, so neither the order of the images nor a cut into parts changes a bit. Raises
+    ValueError without pairs or where the lengths differ.
+    """
+    each = {"error": _listed(errors), "ssim_to_full": _listed(similarity)}
+    each |= {name: _listed(values) for name, values in (perceptual or {}).items()}
+    count = len(each["error"])
+    if count == 0 or any(len(values) != count for values in each.values()):
+        raise ValueError(f"no image pairs, or of different numbers: { {k: len(v) for k, v in each.items()} }")
+    decibels = [value for error in each["error"] if (value := psnr(error)) is not None]
+    return {
+        "psnr_to_full": psnr(math.fsum(each.pop("error")) / count),
+        "psnr_to_full_per_image": math.fsum(decibels) / len(decibels) if decibels else None,
+        "identical_to_full": (count - len(decibels)) / count,
+        **{name: math.fsum(values) / count for name, values in each.items()},
+    }
 
 
-def label_agreement(predicted: Tensor, requested: Tensor) -> float:
-    """Share of samples whose predicted class int64 [N] is the requested one, in [0, 1]."""
-    if predicted.shape != requested.shape or len(predicted) == 0:
-        raise ValueError(f"{tuple(predicted.shape)} predictions for {tuple(requested.shape)} labels")
-    return (predicted.cpu() == requested.cpu()).double().mean().item()
+@dataclass(frozen=True)
+class _Backbone:
+    """`least` is the smallest side in pixels at which anything is left at LPIPS' last tap; `key` names its file."""
+
+    title: str
+    key: str
+    file: WeightFile
+    least: int
+
+
+_BACKBONES = {"alex": _Backbone("AlexNet", "alexnet", ALEXNET, 64), "vgg": _Backbone("VGG16", "vgg16", VGG16, 16)}
 
 
 class Lpips:
-    """LPIPS with AlexNet (Zhang et al., 1801.03924) through torchmetrics: a perceptual distance, 0 for equal images."""
+    """LPIPS (Zhang et al., 1801.03924) through torchmetrics: a perceptual distance, 0 for equal images.
 
-    name = "lpips_alex"
+    `net` is "alex", which is meant for reporting, or "vgg"; their values are not comparable.
+    """
 
-    def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
-        """`weights` is torchvision's AlexNet file; the linear heads come with torchmetrics."""
+    def __init__(self, weights: Path, device: torch.device | str = "cpu", net: str = "alex") -> None:
+        """`weights` is torchvision's file of the backbone; the linear heads come with torchmetrics."""
         from torchmetrics.functional.image.lpips import _LPIPS
 
-        self._network: nn.Module = _LPIPS(pretrained=True, net="alex", pnet_rand=True)
+        kind = _BACKBONES[net]
+        with torch.random.fork_rng(devices=[]):
+            self._network: nn.Module = _LPIPS(pretrained=True, net=net, pnet_rand=True)  # type: ignore[arg-type]
         backbone: nn.Module = self._network.net
         released = torch.load(weights, map_location="cpu", weights_only=True)
         # The library cuts the feature layers into slices and keeps their numbers: slice2.3.weight is features.3.weight.
@@ -138,29 +130,48 @@ class Lpips:
             {name: released["features." + name.split(".", 1)[1]] for name in backbone.state_dict()}
         )
         self._network.eval().requires_grad_(False).to(device)
-        self.protocol = f"AlexNet, torchmetrics heads, [-1,1] from uint8, bilinear to {LPIPS_SIZE}px when smaller"
+        self._least = kind.least
+        self.name = f"lpips_{net}"
+        self.protocol = f"{kind.title}, torchmetrics heads, [-1,1] from uint8, bilinear to {kind.least}px when smaller"
 
     def __call__(self, images: Tensor, reference: Tensor) -> Tensor:
-        """Two uint8 [N, C, H, W] -> float32 [N]."""
+        """Two uint8 [N, 1 or 3, H, W] -> float32 [N] on the CPU."""
         _check(images, reference)
         device = next(self._network.parameters()).device
-        with exact_fp32(device):
-            out: Tensor = self._network(self._prepare(images.to(device)), self._prepare(reference.to(device)))
-        return out.reshape(len(images))
 
-    @staticmethod
-    def _prepare(images: Tensor) -> Tensor:
+        def one(a: Tensor, b: Tensor) -> Tensor:
+            out: Tensor = self._network(self._prepare(a), self._prepare(b))
+            return out.reshape(len(a))
+
+        parts = in_batches(one, [images, reference], _BATCH, device)
+        return torch.cat(parts).cpu() if parts else torch.empty(0)
+
+    def _prepare(self, images: Tensor) -> Tensor:
         pixels = to_pm1(images).expand(-1, 3, -1, -1)
-        if pixels.shape[-1] < LPIPS_SIZE:
-            pixels = nn.functional.interpolate(pixels, (LPIPS_SIZE, LPIPS_SIZE), mode="bilinear")
+        if pixels.shape[-1] < self._least:
+            pixels = nn.functional.interpolate(pixels, (self._least, self._least), mode="bilinear")
         return pixels
 
 
-def load_lpips(path: str | Path | None = None, device: torch.device | str = "cpu") -> Lpips | Unavailable:
-    """LPIPS where AlexNet's weights are present (`path`, or the cache of torch.hub), otherwise why not and how to
-    fetch them."""
-    found = locate(ALEXNET, "lpips_alex_to_full", path)
-    return found if isinstance(found, Unavailable) else Lpips(found, device)
+def load_lpips(
+    net: str = "alex", weights: Mapping[str, str | Path | None] | None = None, device: torch.device | str = "cpu"
+) -> Lpips | Unavailable:
+    """LPIPS where the weights of its backbone are present, otherwise why not and how to fetch them.
+
+    `weights` names files by "alexnet" and "vgg16"; then come GEARSHIFT_ALEXNET and GEARSHIFT_VGG16, then the cache of
+    torch.hub. Raises UsageError for another net.
+    """
+    if net not in _BACKBONES:
+        raise UsageError(f"there is no LPIPS with the backbone {net!r}; there are {', '.join(_BACKBONES)}")
+    kind = _BACKBONES[net]
+    found = locate(kind.file, f"lpips_{net}_to_full", (weights or {}).get(kind.key))
+    return found if isinstance(found, Unavailable) else Lpips(found, device, net)
+
+
+def _listed(values: Values) -> list[float]:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    listed: list[float] = np.asarray(array, dtype=np.float64).tolist()
+    return listed
 
 
 def _check(images: Tensor, reference: Tensor) -> None:

@@ -1,35 +1,34 @@
-"""Figures of a report: sample grids, quality against cost, and where samples leave over time.
+"""Pictures of images (grids from the same noise, differences to full compute), and the style all figures share.
 
 Drawn with matplotlib's Agg canvas through its object interface, so no window system is needed and no global state of
-`pyplot` is touched. Every function returns the bytes of a PNG.
+`pyplot` is touched. Every figure is handed back as the bytes of a PNG, 11 inches wide at most and read at half its
+pixels. Colours are those of Okabe and Ito, which people who see fewer colours can tell apart; markers repeat them.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gearshift.evaluation.table import Row, format_count, format_number, is_distance
+from gearshift.evaluation.table import Row, format_count, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK = "#1f2933"
-_MUTED = "#7b8794"
-_GRID = "#e4e7eb"
-_COLOURS = ("#334e68", "#d9480f", "#0b7285", "#862e9c", "#2b8a3e", "#c2255c", "#e67700", "#364fc7")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
-_HIGHER_IS_BETTER = ("psnr_to_full", "label_agreement", "ssim_to_full")
-_LABELS = {
-    "psnr_to_full": "PSNR to full compute [dB]",
-    "ssim_to_full": "SSIM to full compute",
-    "label_agreement": "agreement with the requested label",
-}
+INK = "#1f2933"
+MUTED = "#616e7c"
+GRID = "#e4e7eb"
+PLAIN = "#4b5563"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3e9d")
+MARKERS = ("s", "D", "^", "v", "P", "X", "*", "p")
+_LINE, _WIDEST = 0.62, 2.7  # inches: height of a line of images, most that is written beside it
+_FACTORS = (64, 32, 16, 8, 4, 2, 1)
 
 
 def sample_grid(images: np.ndarray, columns: int = 10) -> bytes:
@@ -52,208 +51,94 @@ def sample_grid(images: np.ndarray, columns: int = 10) -> bytes:
 
 def comparison_grid(samples: Mapping[str, np.ndarray], rows: Sequence[Row], columns: int = 12) -> bytes:
     """One line of images per run, the same column from the same noise: what a policy changed is seen down a column."""
-    names = [str(row["name"]) for row in rows if row["name"] in samples]
-    by_name = {str(row["name"]): row for row in rows}
-    count = min(columns, *(len(samples[name]) for name in names))
-    line = 0.62
-    figure = _figure(2.9 + line * count, line * len(names) + 0.3)
-    axes = figure.add_axes(
-        (2.8 / figure.get_figwidth(), 0.0, 1 - 2.85 / figure.get_figwidth(), 1 - 0.28 / figure.get_figheight())
-    )
-    height, width = samples[names[0]].shape[2:]
+    lines = []
+    for row in rows:
+        name = str(row["name"])
+        if name in samples:
+            saved = row.get("macs_saved")
+            note = "" if saved is None else f"{100 * saved:.0f} % of MACs saved" if saved > 0.0005 else "full compute"
+            if saved is not None and saved < -0.0005:
+                note = f"{-100 * saved:.0f} % more MACs than full compute"
+            lines.append((name, note, samples[name]))
+    return _lines_of_images(lines, "same noise down every column", columns)
+
+
+def difference_factor(differences: Sequence[np.ndarray]) -> int:
+    """The largest power of two up to 64 that keeps 99.5 % of the absolute differences (0..255) within 255."""
+    values = np.concatenate([difference.reshape(-1) for difference in differences])
+    bound = float(np.percentile(values, 99.5)) if values.size else 0.0
+    return next((factor for factor in _FACTORS if bound * factor <= 255), 1)
+
+
+def difference_grid(
+    samples: Mapping[str, np.ndarray], full_of: Mapping[str, str], columns: int = 12
+) -> tuple[bytes, int] | None:
+    """|row - full| of images from the same noise, all lines amplified by one factor, under the full images they are
+    compared with. Returns the PNG and the factor; None where no row has another one to be compared with.
+
+    samples: by row, uint8 [n, C, H, W]. full_of: by row, the row it is compared with.
+    """
+    by_full: dict[str, list[str]] = {}
+    for name in samples:
+        full = full_of.get(name, name)
+        if full != name and full in samples:
+            by_full.setdefault(full, []).append(name)
+    if not by_full:
+        return None
+    differences: dict[str, np.ndarray] = {}
+    for full, names in by_full.items():
+        for name in names:
+            count = min(len(samples[name]), len(samples[full]), columns)
+            own, reference = samples[name][:count].astype(np.int16), samples[full][:count].astype(np.int16)
+            differences[name] = np.abs(own - reference)
+    factor = difference_factor(list(differences.values()))
+    lines = []
+    for full, names in by_full.items():
+        lines.append((full, "the images themselves", samples[full]))
+        for name in names:
+            mean = float(differences[name].mean())
+            note = f"mean {format_number(mean)} of 255" if mean else "identical"
+            lines.append((f"|{name} − full|", note, np.minimum(differences[name] * factor, 255).astype(np.uint8)))
+    title = f"absolute difference × {factor}, black where nothing changed; same noise down every column"
+    return _lines_of_images(lines, title, columns), factor
+
+
+def _lines_of_images(lines: Sequence[tuple[str, str, np.ndarray]], title: str, columns: int) -> bytes:
+    """Lines of images, each with a name and a note on its left."""
+    count = min(columns, *(len(images) for _, _, images in lines))
+    beside = [((fit(name, _WIDEST, 9.0), 9.0, INK), (fit(note, _WIDEST, 7.5), 7.5, MUTED)) for name, note, _ in lines]
+    labels = 0.25 + max(text_width(text, size) for pair in beside for text, size, _ in pair)
+    # A single image still leaves room for the title above it.
+    figure = new_figure(max(labels + 0.05 + _LINE * count, labels + text_width(title, 8.5)), _LINE * len(lines) + 0.3)
+    wide, tall = figure.get_size_inches()
+    axes = figure.add_axes((labels / wide, 0.0, _LINE * count / wide, 1 - 0.28 / tall))
+    height, width = lines[0][2].shape[2:]
     gap = max(1, height // 8)
-    canvas = np.full((len(names) * (height + gap), count * (width + gap), 3), 255, dtype=np.uint8)
-    for r, name in enumerate(names):
+    canvas = np.full((len(lines) * (height + gap), count * (width + gap), 3), 255, dtype=np.uint8)
+    for r, (_, _, images) in enumerate(lines):
         for k in range(count):
             top, left = r * (height + gap) + gap // 2, k * (width + gap) + gap // 2
-            canvas[top : top + height, left : left + width] = _rgb(samples[name][k])
-    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+            canvas[top : top + height, left : left + width] = _rgb(images[k])
+    # Whole pixels while a picture is enlarged; reduced ones need smoothing.
+    axes.imshow(canvas, interpolation="nearest" if height <= 80 else "antialiased", aspect="auto")
     axes.set_axis_off()
-    for r, name in enumerate(names):
-        saved = by_name[name].get("macs_saved")
-        note = "" if saved is None else f"{100 * saved:.0f} % of MACs saved" if saved > 0.0005 else "full compute"
-        y = 1 - (r + 0.5) / len(names)
-        axes.text(
-            -0.012,
-            y + 0.16 / len(names),
-            name,
-            transform=axes.transAxes,
-            ha="right",
-            va="center",
-            fontsize=9,
-            color=_INK,
-        )
-        axes.text(
-            -0.012,
-            y - 0.17 / len(names),
-            note,
-            transform=axes.transAxes,
-            ha="right",
-            va="center",
-            fontsize=7.5,
-            color=_MUTED,
-        )
-    axes.set_title("same noise down every column", loc="left", fontsize=8.5, color=_MUTED, pad=4)
-    return _png(figure)
-
-
-def quality_key(rows: Sequence[Row]) -> str | None:
-    """The measure to draw: FID, else a distance on trained features, else any distance, else agreement, else PSNR."""
-    keys = [key for row in rows for key, value in row.items() if value is not None]
-    order = ["fid", *(k for k in keys if k.startswith("fd_classifier")), *(k for k in keys if is_distance(k))]
-    return next((key for key in [*order, "label_agreement", "psnr_to_full"] if key in keys), None)
-
-
-def quality_against_cost(rows: Sequence[Row], key: str) -> bytes:
-    """Two panels: the measure `key` over MACs per image and over measured time per image. Runs of one policy are
-    joined."""
-    from matplotlib.lines import Line2D
-
-    figure = _figure(11.0, 4.6)
-    left, right = figure.subplots(1, 2, sharey=True)
-    families = list(dict.fromkeys(_family(row) for row in rows))
-    looks = {name: (_COLOURS[k % len(_COLOURS)], _MARKERS[k % len(_MARKERS)]) for k, name in enumerate(families)}
-    better = "higher" if key in _HIGHER_IS_BETTER else "lower"
-    panels: tuple[tuple[Axes, str, list[tuple[Row, float]]], ...] = (
-        (left, "MACs per image", _points(rows, key, lambda row: row.get("macs_per_image"))),
-        (right, "measured time per image [ms]", _points(rows, key, _milliseconds)),
-    )
-    for axes, label, points in panels:
-        _tidy(axes)
-        axes.set_xlabel(label)
-        for family in families:
-            colour, marker = looks[family]
-            xy = sorted((x, float(row[key])) for row, x in points if _family(row) == family)
-            if xy:
-                axes.plot(*zip(*xy, strict=True), color=colour, marker=marker, markersize=7, linewidth=1.4, alpha=0.9)
-        axes.margins(x=0.1, y=0.14)
-        if not points:
-            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=_MUTED)
-    values = [float(row[key]) for row in rows if row.get(key) is not None]
-    if is_distance(key) and min(values) > 0 and max(values) > 10 * min(values):
-        # One bad row would press all the others onto a line.
-        left.set_yscale("log")
-        left.yaxis.set_major_formatter(lambda value, _: format_number(value))
-    left.xaxis.set_major_formatter(lambda value, _: format_count(value))
-    left.set_ylabel(f"{_LABELS.get(key, key)} ({better} is better)")
-    drawn = {id(row) for _, _, points in panels for row, _ in points}
-    handles = [
-        Line2D([], [], color=looks[_family(row)][0], marker=looks[_family(row)][1], label=f"{number}  {row['name']}")
-        for number, row in enumerate(rows, start=1)
-        if id(row) in drawn
-    ]
-    lines = math.ceil(len(handles) / 4)
-    figure.set_figheight(4.3 + 0.2 * lines)
-    figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=8, labelcolor=_INK)
-    figure.suptitle("Quality against cost", x=0.02, ha="left", fontsize=12, fontweight="bold", color=_INK)
-    bottom, top = (0.68 + 0.2 * lines) / figure.get_figheight(), 1 - 0.45 / figure.get_figheight()
-    figure.subplots_adjust(left=0.075, right=0.985, top=top, bottom=bottom, wspace=0.06)
-    numbers = {id(row): str(number) for number, row in enumerate(rows, start=1)}
-    for axes, _, points in panels:
-        _label_points(axes, [(numbers[id(row)], x, float(row[key])) for row, x in points])
-    return _png(figure)
-
-
-def exits_over_time(depths: Mapping[str, np.ndarray]) -> bytes:
-    """One panel per run: the share of samples that left at each depth (shade) at each call, their mean and 10th and
-    90th percentiles.
-
-    `depths[name]` holds integers [calls, samples]: blocks run, 0 where the network was not called.
-    """
-    columns = min(3, len(depths))
-    lines = math.ceil(len(depths) / columns)
-    figure = _figure(3.9 * columns + 0.8, 2.6 * lines + 0.7)
-    deepest = max(1, *(int(depth.max()) for depth in depths.values()))
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    shade = None
-    for axes, (name, depth) in zip(grid.flat, depths.items(), strict=False):
-        calls = np.arange(1, len(depth) + 1)
-        share = np.stack([(depth == d).mean(axis=1) for d in range(deepest + 1)])
-        _tidy(axes)
-        axes.grid(False)
-        shade = axes.pcolormesh(
-            np.arange(len(depth) + 1) + 0.5,
-            np.arange(deepest + 2) - 0.5,
-            share,
-            cmap="Blues",
-            vmin=0,
-            vmax=1,
-            rasterized=True,
-        )
-        low, high = np.percentile(depth, [10, 90], axis=1)
-        for edge in (low, high):
-            axes.plot(calls, edge, color=_COLOURS[1], linewidth=0.9, linestyle=(0, (2, 1.5)), drawstyle="steps-mid")
-        axes.plot(calls, depth.mean(axis=1), color=_COLOURS[1], linewidth=1.8, drawstyle="steps-mid")
-        axes.set_title(name, fontsize=9, loc="left", color=_INK)
-        axes.set_ylim(-0.5, deepest + 0.5)
-        axes.set_xlim(0.5, len(depth) + 0.5)
-    for axes in list(grid.flat)[len(depths) :]:
-        axes.set_axis_off()
-    for axes in grid[-1]:
-        axes.set_xlabel("network call (noise → data)")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("blocks run")
-    figure.suptitle("Exits over time", x=0.02, ha="left", fontsize=12, fontweight="bold", color=_INK)
-    bottom, top = 0.52 / figure.get_figheight(), 1 - 0.68 / figure.get_figheight()
-    figure.subplots_adjust(
-        left=0.62 / figure.get_figwidth(), right=1 - 0.85 / figure.get_figwidth(), bottom=bottom,
-        top=top, hspace=0.45, wspace=0.1,
-    )  # fmt: skip
-    if shade is not None:
-        strip = figure.add_axes((1 - 0.7 / figure.get_figwidth(), bottom, 0.12 / figure.get_figwidth(), top - bottom))
-        figure.colorbar(shade, cax=strip, label="share of samples")
-        strip.tick_params(colors=_MUTED, labelsize=8)
-        strip.yaxis.label.set(color=_INK, size=9)
-    return _png(figure)
-
-
-# Offsets in points at which the number of a point may stand, the preferred first.
-_SIDES = ((0.0, 9.0), (0.0, -9.0), (9.0, 0.0), (-9.0, 0.0), (8.0, 8.0), (-8.0, 8.0), (8.0, -8.0), (-8.0, -8.0))
-
-
-def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write a short text beside each point (text, x, y), on the side where it covers least of other points and texts.
-
-    Works in pixels, so it comes last. Numbers rather than names: names of points that are close would hide each other.
-    """
-    # Asking for the limits settles them; the transform alone would still be the one from before the margins.
-    axes.get_xlim(), axes.get_ylim()
-    size, scale = 8.0, axes.figure.dpi / 72.0
-    spots = [tuple(axes.transData.transform((x, y))) for _, x, y in points]
-    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in spots]
-    for (text, x, y), (px, py) in zip(points, spots, strict=True):
-        width, height = 0.65 * size * len(text), 0.75 * size
-        choices: list[tuple[float, int, tuple[float, float], tuple[float, float, float, float]]] = []
-        for dx, dy in _SIDES:
-            cx, cy = px + dx * scale, py + dy * scale
-            half = (width / 2 * scale, height / 2 * scale)
-            box = (cx - half[0], cy - half[1], cx + half[0], cy + half[1])
-            choices.append((sum(_overlap(box, other) for other in taken), len(choices), (dx, dy), box))
-        _, _, offset, chosen = min(choices)
-        taken.append(chosen)
-        axes.annotate(
-            text, (x, y), xytext=offset, textcoords="offset points", fontsize=size, color=_INK, ha="center", va="center"
-        )
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Area that two boxes (left, low, right, high) share."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _family(row: Row) -> str:
-    """Runs that belong on one line: `family` where the row names one, else the policy's name without its arguments."""
-    named = row.get("family")
-    return str(named) if named else str(row.get("policy", row["name"])).partition("(")[0].partition("[")[0].strip()
-
-
-def _points(rows: Sequence[Row], key: str, cost: Any) -> list[tuple[Row, float]]:
-    return [(row, float(cost(row))) for row in rows if row.get(key) is not None and cost(row) is not None]
-
-
-def _milliseconds(row: Row) -> float | None:
-    speed = row.get("images_per_s")
-    return 1000.0 / float(speed) if speed else None
+    for r, pair in enumerate(beside):
+        y = 1 - (r + 0.5) / len(lines)
+        ups = (0.16, -0.17) if pair[1][0] else (0.0, 0.0)
+        for (text, size, colour), up in zip(pair, ups, strict=True):
+            axes.annotate(
+                text,
+                (0, y + up / len(lines)),
+                xycoords="axes fraction",
+                xytext=(-7, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=size,
+                color=colour,
+            )
+    axes.set_title(title, loc="left", fontsize=8.5, color=MUTED, pad=4)
+    return to_png(figure)
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:
@@ -261,7 +146,11 @@ def _rgb(image: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
 
 
-def _figure(width: float, height: float) -> Figure:
+# Style ---------------------------------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -270,19 +159,87 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """No frame on top and right, quiet ticks, a faint grid."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(_MUTED)
-    axes.tick_params(colors=_MUTED, labelsize=8)
-    axes.xaxis.label.set(color=_INK, size=9)
-    axes.yaxis.label.set(color=_INK, size=9)
-    axes.grid(True, color=_GRID, linewidth=0.8)
+        axes.spines[side].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelsize=8.5)
+    axes.xaxis.label.set(color=INK, size=9.5)
+    axes.yaxis.label.set(color=INK, size=9.5)
+    axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _png(figure: Figure) -> bytes:
+def text_width(text: str, size: float) -> float:
+    """Width in inches of a line of text in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)
+    return float(width) / 72.0
+
+
+def fit(text: str, width: float, size: float) -> str:
+    """Text for a figure, cut in its middle where it would be wider than `width` inches; dollars start no formula."""
+    kept, count = text, len(text)
+    while (own := text_width(kept, size)) > width and count > 3:
+        # Nearly in one step: letters are about as wide as one another.
+        count = max(3, min(count - 1, int(count * width / own) + 1))
+        kept = text[: math.ceil((count - 1) / 2)] + "…" + text[-((count - 1) // 2) :]
+    return kept.replace("$", r"\$")
+
+
+def count_tick(value: float, _: int | None = None) -> str:
+    """A tick of an axis of counts: 60000000 -> '60 M'."""
+    text = format_count(value)
+    number, __, unit = text.partition(" ")
+    short = number.rstrip("0").rstrip(".") if "." in number else number
+    return f"{short} {unit}".strip()
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        # Names in letters that the font lacks come out as boxes, which is not worth a line on the terminal.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def family(row: Row) -> str:
+    """Runs that belong together: `family` where the row names one, else the policy's name up to its first number or
+    bracket ("uncertainty < 0.1" and "uncertainty < 0.2" are one family)."""
+    named = row.get("family")
+    if named:
+        return str(named)
+    policy = str(row.get("policy", row["name"]))
+    cut = next((k for k, letter in enumerate(policy) if letter.isdigit() or letter in "([<>="), len(policy))
+    return policy[:cut].strip() or policy
+
+
+def is_baseline(row: Row) -> bool:
+    """Whether a row is a trivial baseline: full compute, at all its steps or at fewer."""
+    return family(row).lower() == "full" or str(row.get("policy", "")).lower() == "full"
+
+
+def looks(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(colour, marker) of every row: of one family alike, trivial baselines grey discs. With rows of several
+    evaluations colour says the evaluation and the marker the family."""
+    families = list(dict.fromkeys(family(row) for row in rows if not is_baseline(row)))
+    evaluations = list(dict.fromkeys(row.get("evaluation") for row in rows))
+    several = len(evaluations) > 1
+    found = []
+    for row in rows:
+        plain = is_baseline(row)
+        which = 0 if plain else families.index(family(row))
+        marker = "o" if plain else MARKERS[which % len(MARKERS)]
+        colour = PLAIN if plain else COLOURS[which % len(COLOURS)]
+        if several:
+            colour = COLOURS[evaluations.index(row.get("evaluation")) % len(COLOURS)]
+        found.append((colour, marker))
+    return found

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-
-# The switch and its strict value: torch 2.9 replaced the flag by a precision and forbids reading the one after
-# setting the other.
-_STRICT = {True: ("fp32_precision", "ieee"), False: ("allow_tf32", False)}
+from torch import nn
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A metric that cannot be computed here: its name, why, and the command that fetches what is missing."""
+    """A metric that cannot be computed here: its name, why, and the command that fetches what is missing ("" where
+    none does)."""
 
     name: str
     reason: str
@@ -43,11 +38,36 @@ class WeightFile:
     file_name: str
     url: str
     sha256_prefix: str
-    variable: str | None = None
+    variable: str
+
+    def cached(self) -> Path:
+        """Where torch.hub would keep it."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.file_name
 
     def fetch_line(self) -> str:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        return f"curl -L --create-dirs -o {folder / self.file_name} {self.url}"
+        return f"curl -L --create-dirs -o {self.cached()} {self.url}"
+
+
+INCEPTION = WeightFile(
+    file_name="weights-inception-2015-12-05-6726825d.pth",
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    sha256_prefix="6726825d",
+    variable="GEARSHIFT_INCEPTION",
+)
+VGG16 = WeightFile(
+    file_name="vgg16-397923af.pth",
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
+    sha256_prefix="397923af",
+    variable="GEARSHIFT_VGG16",
+)
+ALEXNET = WeightFile(
+    file_name="alexnet-owt-7be5be79.pth",
+    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    sha256_prefix="7be5be79",
+    variable="GEARSHIFT_ALEXNET",
+)
+FILES = {"inception": INCEPTION, "vgg16": VGG16, "alexnet": ALEXNET}
+"""By the names that settings give them."""
 
 
 def locate(weights: WeightFile, metric: str, path: str | Path | None = None) -> Path | Unavailable:
@@ -55,11 +75,14 @@ def locate(weights: WeightFile, metric: str, path: str | Path | None = None) -> 
 
     A place that was named and does not hold the file is reported rather than passed over.
     """
-    named = path or (os.environ.get(weights.variable) if weights.variable else None)
-    place = Path(named).expanduser() if named else Path(torch.hub.get_dir()) / "checkpoints" / weights.file_name
+    named = path or os.environ.get(weights.variable)
+    place = Path(named).expanduser() if named else weights.cached()
     if not place.is_file():
-        how = f" (or set {weights.variable} to its path)" if weights.variable else ""
-        return Unavailable(metric, f"{weights.file_name} is not at {place}{how}", weights.fetch_line())
+        reason = (
+            f"{weights.file_name} (sha256 {weights.sha256_prefix}...) is not at {place} "
+            f"(or set {weights.variable} to its path)"
+        )
+        return Unavailable(metric, reason, weights.fetch_line())
     digest = sha256_of(place)
     if not digest.startswith(weights.sha256_prefix):
         reason = (
@@ -75,22 +98,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-@contextmanager
-def exact_fp32(device: torch.device) -> Iterator[None]:
-    """No TensorFloat-32 and no autocast inside, whatever holds outside: features must not depend on the training's
-    settings."""
-    modern = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-    cudnn: Any = torch.backends.cudnn
-    switches: list[tuple[Any, str, Any]] = [
-        (cudnn.conv if modern else cudnn, *_STRICT[modern]),
-        (torch.backends.cuda.matmul, *_STRICT[modern]),
-    ]
-    before = [getattr(holder, attribute) for holder, attribute, _ in switches]
-    try:
-        for holder, attribute, strict in switches:
-            setattr(holder, attribute, strict)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for (holder, attribute, _), value in zip(switches, before, strict=True):
-            setattr(holder, attribute, value)
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and bytes of everything a network stores, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        # As bytes: NumPy has no bfloat16.
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,12 +1,14 @@
 """The one place that runs blocks: exits, bypass, reuse, packing, routing to decoders, and the trace.
 
-Rows that leave are read out at once; they are dropped from the stream when dropping pays (`Packing`). In simulation
-every row runs to the end and outputs are gathered: the same decisions, the same numbers up to rounding, no saving.
+Rows that leave are read out at once; they are dropped from the stream when dropping pays (`Packing`). Rows that stand
+in the order in which they leave, the last to leave first, cost nothing to drop: what goes on is a view of the stream.
+In simulation every row runs to the end and outputs are gathered: the same decisions, the same numbers up to rounding,
+no saving.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from gearshift.execution.memory import NO_SLOT, Memory, Slot
 from gearshift.execution.network import Network
 from gearshift.execution.outputs import PACK, Event, Outputs, Packing
 from gearshift.execution.plan import StepPlan
-from gearshift.execution.stream import Rows, Stream, gather, to_device
+from gearshift.execution.stream import Rows, Stream, adjacent, gather, to_device
 from gearshift.runtime.errors import UsageError
 
 
@@ -54,11 +56,11 @@ class _Execution:
         self.rule_state: Any = plan.exit.begin(stream.rows.total) if plan.exit is not None else None
         self.tapped: dict[int, list[tuple[Rows, Tensor]]] = {}
         self.tapped_uncertainty: dict[int, list[tuple[Rows, Tensor]]] = {}
-        # Path of each of the run's rows, host int64 [R].
         self.only: int | None = None  # the one path all rows take
-        self.path = torch.zeros(stream.rows.total, dtype=torch.int64)
-        for name in ("expert", "depth"):
-            value = getattr(plan, name)
+        self.path = torch.zeros(stream.rows.total, dtype=torch.int64)  # of each of the run's rows
+        per_row = {"expert": plan.expert, "depth": plan.depth}
+        per_row |= {f"bypass[{k}]": rows for k, rows in plan.bypass.items()} if isinstance(plan.bypass, Mapping) else {}
+        for name, value in per_row.items():
             if isinstance(value, Tensor) and value.shape != (stream.rows.total,):
                 raise ValueError(f"StepPlan.{name} has shape {list(value.shape)}; the run has {stream.rows.total} rows")
         known = range(len(backbone.blocks))
@@ -198,8 +200,8 @@ class _Execution:
                     self._leave(stream, depth, leaving)
             if depth == last or not self._runs_on(alive):
                 break
-            if self._drops(alive):
-                keep = alive.nonzero().flatten()
+            keep = alive.nonzero().flatten()
+            if self._drops(len(alive) - len(keep), keep):
                 stream, targets = stream.take(keep), targets[keep]
                 alive = torch.ones(len(keep), dtype=torch.bool)
             previous = stream.hidden
@@ -207,15 +209,14 @@ class _Execution:
         self._read_taps(stream, pending, owed)
         return stream, alive, previous
 
-    def _drops(self, alive: Tensor) -> bool:
-        if self.packing.simulate or self.plan.taps:
+    def _drops(self, gone: int, keep: Tensor) -> bool:
+        """Whether to go on with the rows at `keep` alone, `gone` others having left."""
+        if self.packing.simulate or self.plan.taps or not gone:
             return False
-        gone = len(alive) - int(alive.sum())
         # A memory would still be asked for rows that left, and an exit rule be shown a copy without them at every
-        # depth: then dropping at once is cheaper.
-        at_once = self.memory is not None or self.plan.exit is not None
-        least = 0.0 if at_once else self.packing.min_fraction * len(alive)
-        return gone > 0 and gone >= least
+        # depth: then dropping at once is cheaper. Where the rest is a view, nothing is copied.
+        at_once = self.memory is not None or self.plan.exit is not None or adjacent(keep)
+        return at_once or gone >= self.packing.min_fraction * (len(keep) + gone)
 
     def _asked(self, stream: Stream, depth: int, candidates: Tensor, previous: Tensor | None) -> Tensor:
         """Ask the exit rule about the candidate rows; host bool over the stream's rows. The one sync of a block."""
@@ -257,7 +258,8 @@ class _Execution:
         for path, here in self._by_path(stream.rows, leaving):
             positions = None if len(here) == len(stream.rows) else here
             rows = stream.rows if positions is None else stream.rows.take(positions)
-            hidden = gather(stream.hidden, positions)
+            # Without gradients nothing else would keep the rows that go on in memory until the end.
+            hidden = gather(stream.hidden, positions, own=not torch.is_grad_enabled())
             cond = {name: gather(value, positions) for name, value in stream.cond.items()}
             self.trace.append(Event("readout", path, depth, "full", rows))
             self.unread.append((path, depth, rows, hidden, cond))
@@ -310,23 +312,45 @@ class _Execution:
     def _block(self, stream: Stream, path: int, block: int, alive: Tensor) -> None:
         """Run, reuse or bypass one block, in place on the stream. Rows that have left leave no entry in the memory."""
         skip = stream.pop() if block in self.backbone.pops else None
-        counted = self._counted(stream.rows, alive)
-        if block in self.plan.bypass:
-            self.trace.append(Event("block", path, block, "bypass", counted))
-            stream.hidden = self.backbone.bypass(block, stream.hidden, stream.cond, skip)
-        elif self.memory is None:
-            self.trace.append(Event("block", path, block, "full", counted))
-            stream.hidden = self.backbone.blocks[block](stream.hidden, stream.cond, skip, NO_SLOT)
+        dropped = self.plan.bypassed(block, stream.rows)
+        if isinstance(dropped, Tensor):
+            results: list[tuple[Tensor, Tensor]] = []
+            for drops, mask in ((False, ~dropped), (True, dropped)):
+                here = mask.nonzero().flatten()
+                part, its_skip = stream.take(here), None if skip is None else gather(skip, here)
+                results.append((here, self._after(part, path, block, its_skip, alive[here], drops)))
+            stream.hidden = self._in_order(results)
         else:
-            stream.hidden = self._block_with_memory(self.memory, stream, path, block, skip, alive)
+            stream.hidden = self._after(stream, path, block, skip, alive, dropped)
         if block in self.backbone.pushes:
             stream.push()
+
+    def _after(
+        self, stream: Stream, path: int, block: int, skip: Tensor | None, alive: Tensor, dropped: bool
+    ) -> Tensor:
+        """The hidden state after a block that all rows of the stream run, or all drop."""
+        if self.memory is not None and not dropped:
+            return self._after_with_memory(self.memory, stream, path, block, skip, alive)
+        counted = self._counted(stream.rows, alive)
+        self.trace.append(Event("block", path, block, "bypass" if dropped else "full", counted))
+        if dropped:
+            return self.backbone.bypass(block, stream.hidden, stream.cond, skip)
+        result: Tensor = self.backbone.blocks[block](stream.hidden, stream.cond, skip, NO_SLOT)
+        return result
+
+    def _in_order(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """(positions, tensor) of parts that together are the stream, in the order of its rows."""
+        order = torch.cat([positions for positions, _ in parts])
+        together = torch.cat([tensor for _, tensor in parts])
+        if bool((order[1:] > order[:-1]).all()):
+            return together
+        return together.index_select(0, to_device(order.argsort(), self.device))
 
     def _counted(self, rows: Rows, alive: Tensor) -> Rows:
         """The rows a block is charged for: in simulation those that need it, otherwise all it really runs on."""
         return rows.take(alive.nonzero().flatten()) if self.packing.simulate and not self.plan.taps else rows
 
-    def _block_with_memory(
+    def _after_with_memory(
         self, memory: Memory, stream: Stream, path: int, block: int, skip: Tensor | None, alive: Tensor
     ) -> Tensor:
         """Rows with a valid entry reuse; the others compute, in a group of their own."""
@@ -356,8 +380,7 @@ class _Execution:
             results.append((torch.arange(len(stream.rows)) if positions is None else positions, hidden))
         if len(results) == 1:
             return results[0][1]
-        order = torch.cat([positions for positions, _ in results]).argsort()
-        return torch.cat([hidden for _, hidden in results]).index_select(0, to_device(order, self.device))
+        return self._in_order(results)
 
     def _remember(self, memory: Memory, block: int, rows: Rows, slot: Slot, hidden: Tensor, keep: Tensor) -> None:
         wanted = memory.wanted(block)

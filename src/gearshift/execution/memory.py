@@ -123,6 +123,11 @@ class Memory:
                 )
         self._written[key][rows.host()] = self._step
 
+    def forget(self, rows: Tensor) -> None:
+        """Drop the entries of `rows` (host int64): these rows compute again before they reuse."""
+        for written in self._written.values():
+            written[rows] = -1
+
     def invalidate(self) -> None:
         """Forget everything: the branches, the resolution or the weights changed."""
         self._entries.clear()

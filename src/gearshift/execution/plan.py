@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,7 @@ from gearshift.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from gearshift.execution.exits import ExitView
+    from gearshift.execution.stream import Rows
 
 # What a reused block still computes shrinks from left to right; where two policies ask for different parts of one
 # block, the one that computes least wins, because its result already contains the other's.
@@ -44,7 +45,7 @@ class StepPlan:
         expert: path through the backbone (network or decoder); None routes by the row's noise level; int or int64 [R].
         depth: read out after this many blocks; None is all of them; int or int64 [R].
         exit: rule looked at after each block that lets rows leave before `depth`.
-        bypass: blocks that are dropped, by index.
+        bypass: blocks that are dropped, by index: for all rows, or block to bool [R] for the rows that drop it.
         reuse: pairs (block, part) taken from memory, part one of `PARTS`.
         taps: depths that are read out as well (training, analysis).
     """
@@ -53,7 +54,7 @@ class StepPlan:
     expert: int | Tensor | None = None
     depth: int | Tensor | None = None
     exit: ExitRule | None = None
-    bypass: frozenset[int] = field(default_factory=frozenset)
+    bypass: frozenset[int] | Mapping[int, Tensor] = field(default_factory=frozenset)
     reuse: frozenset[tuple[int, str]] = field(default_factory=frozenset)
     taps: tuple[int, ...] = ()
 
@@ -62,9 +63,21 @@ class StepPlan:
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
                 raise ValueError(f"StepPlan.{name} is decided on the host but lies on {value.device}")
+        if isinstance(self.bypass, Mapping):
+            for block, rows in self.bypass.items():
+                if rows.device.type not in ("cpu", "meta"):
+                    raise ValueError(f"StepPlan.bypass[{block}] is decided on the host but lies on {rows.device}")
         unknown = {part for _, part in self.reuse} - set(PARTS)
         if unknown:
             raise ValueError(f"StepPlan.reuse names {sorted(unknown)}; the parts are {list(PARTS)}")
+
+    def bypassed(self, block: int, rows: Rows) -> bool | Tensor:
+        """Whether `rows` drop `block`: one answer for all, or host bool [n] where they differ."""
+        if not isinstance(self.bypass, Mapping) or block not in self.bypass:
+            return block in self.bypass
+        dropped = self.bypass[block][rows.host()]
+        some, every = bool(dropped.any()), bool(dropped.all())
+        return dropped if some and not every else some
 
     def reused_part(self, block: int) -> str | None:
         """The part of `block` taken from memory, or None."""
@@ -98,6 +111,17 @@ def _same_expert(a: int | Tensor | None, b: int | Tensor | None) -> int | Tensor
     return a
 
 
+def _either(
+    a: frozenset[int] | Mapping[int, Tensor], b: frozenset[int] | Mapping[int, Tensor]
+) -> frozenset[int] | Mapping[int, Tensor]:
+    if isinstance(a, frozenset) and isinstance(b, frozenset):
+        return a | b
+    rows = [dict(side) if isinstance(side, Mapping) else dict.fromkeys(side, torch.tensor(True)) for side in (a, b)]
+    total = next(len(mask) for side in (a, b) if isinstance(side, Mapping) for mask in side.values())
+    none = torch.zeros(total, dtype=torch.bool)
+    return {block: none | rows[0].get(block, none) | rows[1].get(block, none) for block in rows[0] | rows[1]}
+
+
 def join(plans: Iterable[StepPlan]) -> StepPlan:
     """Compose plans: call = all agree, depth = the least, bypass and reuse = the union, at most one exit rule.
 
@@ -115,7 +139,7 @@ def join(plans: Iterable[StepPlan]) -> StepPlan:
             expert=_same_expert(result.expert, plan.expert),
             depth=_least(result.depth, plan.depth),
             exit=result.exit or plan.exit,
-            bypass=result.bypass | plan.bypass,
+            bypass=_either(result.bypass, plan.bypass),
             reuse=result.reuse | plan.reuse,
             taps=tuple(sorted({*result.taps, *plan.taps})),
         )

@@ -56,10 +56,23 @@ def to_device(index: Tensor, device: torch.device) -> Tensor:
     return index.to(device)
 
 
-def gather(tensor: Tensor, positions: Tensor | None) -> Tensor:
-    """Rows of `tensor` at `positions` (host int64); None leaves it as it is."""
+def adjacent(positions: Tensor) -> bool:
+    """Whether `positions` (host int64, ascending) follow each other without a gap, so that a view holds their rows."""
+    count = len(positions)
+    return count > 0 and int(positions[-1]) - int(positions[0]) == count - 1
+
+
+def gather(tensor: Tensor, positions: Tensor | None, *, own: bool = False) -> Tensor:
+    """Rows of `tensor` at `positions` (host int64, ascending); None leaves it as it is.
+
+    Adjacent rows are a view: no copy, and no index travels to the device. `own` asks for a copy of these too, so that
+    keeping a few rows does not keep the whole tensor in memory.
+    """
     if positions is None:
         return tensor
+    if adjacent(positions):
+        part = tensor.narrow(0, int(positions[0]), len(positions))
+        return part.clone() if own else part
     return tensor.index_select(0, to_device(positions, tensor.device))
 
 
@@ -91,12 +104,21 @@ class Stream:
 
     def take(self, positions: Tensor) -> Stream:
         """The stream of the rows at `positions` (host int64, ascending)."""
-        on_device = to_device(positions, self.hidden.device)
+        if adjacent(positions):
+
+            def pick(tensor: Tensor) -> Tensor:
+                return gather(tensor, positions)
+        else:
+            on_device = to_device(positions, self.hidden.device)  # moved once for all tensors
+
+            def pick(tensor: Tensor) -> Tensor:
+                return tensor.index_select(0, on_device)
+
         return Stream(
-            hidden=self.hidden.index_select(0, on_device),
-            time=self.time.index_select(0, on_device),
+            hidden=pick(self.hidden),
+            time=pick(self.time),
             rows=self.rows.take(positions),
-            cond={name: value.index_select(0, on_device) for name, value in self.cond.items()},
+            cond={name: pick(value) for name, value in self.cond.items()},
             skips=list(self.skips),
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gearshift.backbones.base import Backbone
 from gearshift.diffusion.denoiser import Denoiser
+from gearshift.execution.stream import to_device
 from gearshift.runtime import keys
 
 
@@ -26,12 +27,26 @@ class Batch:
         cond: labels [B], text [B, L, D], or None.
         slot: position of each sample in the global micro-batch, int64 [B], on the images' device.
         micro_batch: number of the micro-batch since the start of training.
+        host_slot: `slot` on the host, where it is known there; objectives that decide on the host wait for the device
+            once per micro-batch without it.
     """
 
     images: Tensor
     cond: Tensor | None
     slot: Tensor
     micro_batch: int
+    host_slot: Tensor | None = None
+
+    def take(self, order: Tensor) -> Batch:
+        """The samples at `order` (host int64, any order); their draws go with them."""
+        on_device = to_device(order, self.images.device)
+        return Batch(
+            self.images.index_select(0, on_device),
+            None if self.cond is None else self.cond.index_select(0, on_device),
+            self.slot.index_select(0, on_device),
+            self.micro_batch,
+            None if self.host_slot is None else self.host_slot[order],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +59,11 @@ class Draws:
     def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """[B, *shape] in [0, 1), fp32."""
         return keys.uniform(self.seed, purpose, self.batch.slot, self.batch.micro_batch, shape)
+
+    def host_uniform(self, purpose: str) -> Tensor:
+        """`uniform(purpose)` on the host, [B]: the same bits."""
+        slot = self.batch.slot.cpu() if self.batch.host_slot is None else self.batch.host_slot
+        return keys.uniform(self.seed, purpose, slot, self.batch.micro_batch)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """[B, *shape] standard normal, fp32."""
@@ -76,8 +96,9 @@ def drop_condition(network: Backbone, cond: Tensor | None, draws: Draws, probabi
     return torch.where(dropped.reshape(-1, *[1] * (cond.ndim - 1)), null.to(cond.dtype), cond)
 
 
-def noised(denoiser: Denoiser, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-    """Times [B], noise and noisy images [B, C, H, W] of a micro-batch."""
-    time = denoiser.process.times_from_uniform(draws.uniform("time"))
+def noised(denoiser: Denoiser, batch: Batch, draws: Draws, time: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Times [B], noise and noisy images [B, C, H, W] of a micro-batch; `time` where it was drawn already."""
+    if time is None:
+        time = denoiser.process.times_from_uniform(draws.uniform("time"))
     noise = draws.normal("noise", tuple(batch.images.shape[1:]))
     return time, noise, denoiser.process.add_noise(batch.images, noise, time)

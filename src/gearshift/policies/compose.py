@@ -44,6 +44,9 @@ class Compose(Policy):
                 raise UsageError(f"policy Compose: {type(part).__name__} is not a policy")
         self.parts: tuple[Policy, ...] = tuple(parts)
 
+    def __repr__(self) -> str:
+        return f"Compose({list(self.parts)})"
+
     @property
     def static(self) -> bool:  # type: ignore[override]  # the parts decide
         return all(part.static for part in self.parts)

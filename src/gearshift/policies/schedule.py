@@ -1,9 +1,8 @@
-"""Policies that depend on the call alone: full, fixed depth, depth by time (ASE, arXiv 2408.05927), skipped calls."""
+"""Policies that depend on the position of the call alone: full, fixed depth, skipped calls."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gearshift.diffusion.solvers.base import Call
@@ -32,60 +31,6 @@ class FixedDepth(Policy):
 
     def plan(self, state: Any, call: Call) -> StepPlan:
         return StepPlan(depth=self.depth)
-
-
-@dataclass(frozen=True)
-class ExitSchedule(Policy):
-    """Piecewise-constant depth over noise level; the depths of ASE's tables read from data to noise.
-
-    Attributes:
-        depths: depth of each bin, the bin closest to the data first.
-        domain: "training_index" (0..999, index 0 closest to the data) or "log_snr" (falls towards noise).
-        edges: inner bin edges, len(depths) - 1 of them, from data to noise: rising for training_index, falling for
-            log_snr. None: equal bins of the training index. The lower edge belongs to the bin (floor to bin).
-    """
-
-    depths: list[int] = field(default_factory=list)
-    domain: str = "training_index"
-    edges: list[float] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.depths:
-            raise UsageError("policy ExitSchedule has no depths; give one per bin, the bin closest to the data first")
-        if self.domain not in ("training_index", "log_snr"):
-            raise UsageError(f"policy ExitSchedule: domain {self.domain!r} is neither 'training_index' nor 'log_snr'")
-        if self.edges is None and self.domain == "log_snr":
-            raise UsageError("policy ExitSchedule: equal bins exist over training_index only; give edges for log_snr")
-        if self.edges is not None:
-            keys = [self._key(edge) for edge in self.edges]
-            if len(keys) != len(self.depths) - 1 or keys != sorted(keys):
-                raise UsageError(
-                    f"policy ExitSchedule: {len(self.depths)} depths need {len(self.depths) - 1} edges ordered from "
-                    f"data to noise, got {self.edges} over {self.domain}"
-                )
-
-    def _key(self, value: float) -> float:
-        return value if self.domain == "training_index" else -value
-
-    @property
-    def name(self) -> str:
-        return f"schedule (mean depth {sum(self.depths) / len(self.depths):.1f})"
-
-    def check(self, run: RunInfo) -> None:
-        check_depths(run.network, self.depths, "policy ExitSchedule")
-
-    def depth_at(self, call: Call) -> int:
-        """Depth of a call, by its noise level."""
-        if self.edges is None:
-            width = 1000 / len(self.depths)
-            # Times between or beyond the training indices (fractional grids, t -> 0 of an SDE) floor to a bin.
-            position = int(max(call.training_index, 0.0) // width)
-            return self.depths[min(position, len(self.depths) - 1)]
-        level = call.training_index if self.domain == "training_index" else call.log_snr
-        return self.depths[bisect_right([self._key(edge) for edge in self.edges], self._key(level))]
-
-    def plan(self, state: Any, call: Call) -> StepPlan:
-        return StepPlan(depth=self.depth_at(call))
 
 
 @dataclass(frozen=True)

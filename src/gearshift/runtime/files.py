@@ -53,6 +53,12 @@ def remove_partial(folder: str | os.PathLike[str]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def slug(name: str) -> str:
+    """A name as part of a file name: lower-case letters, digits and hyphens."""
+    kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
+    return "-".join(part for part in kept.split("-") if part)
+
+
 class _Handle(io.FileIO):
     """A file that writes everything it is given and remembers why it could not."""
 

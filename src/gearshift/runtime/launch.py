@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 from gearshift.runtime.errors import UsageError
@@ -43,25 +44,30 @@ def launched_externally(environment: Mapping[str, str] | None = None) -> bool:
     return _by_torchrun(environment) or _by_srun(environment)
 
 
-def ensure_processes(devices: int, arguments: Sequence[str], *, multirun: bool = False) -> None:
-    """Makes sure that one process per device is at work; `arguments` is the command line after the program's name.
+def ensure_processes(
+    devices: int, arguments: Sequence[str], *, multirun: bool = False, name: str = "trainer.devices"
+) -> None:
+    """Makes sure that one process per device is at work; `arguments` is the command line after the program's
+    name, `name` the setting that says how many.
 
     Returns in a process that should do the work: the only one, or one that a launcher started. Otherwise it starts
     `devices` processes with the same command line, waits, and leaves through SystemExit with the exit code of the first
     that failed (128 + signal for one that was killed).
 
-    Raises UsageError for several devices within a sweep, and where a launcher started another number of processes per
-    node than `devices` says.
+    Raises UsageError for fewer than one device, for several within a sweep, and where a launcher started another number
+    of processes per node than `devices` says.
     """
+    if devices < 1:
+        raise UsageError(f"{name}={devices} must be at least 1")
     if launched_externally():
-        _check_count(devices, os.environ)
+        _check_count(devices, os.environ, name)
         return
-    if devices <= 1:
+    if devices == 1:
         return
     if multirun:
         raise UsageError(
-            f"trainer.devices={devices} within a sweep (-m): a sweep job works on one device, or its processes are "
-            "started by srun or torchrun; set trainer.devices=1, or use launcher=slurm with one task per device, "
+            f"{name}={devices} within a sweep (-m): a sweep job works on one device, or its processes are "
+            f"started by srun or torchrun; set {name}=1, or use launcher=slurm with one task per device, "
             "or run the jobs one by one"
         )
     raise SystemExit(_run(launcher_arguments(devices, arguments)))
@@ -86,8 +92,15 @@ def _run(arguments: list[str]) -> int:
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code
+        number, failure = error.get_first_failure()
+        if failure.exitcode >= 0:  # it has said what was wrong
+            return failure.exitcode
+        print(
+            f"gearshift: process {number} of {devices} was killed by {failure.signal_name()}, and the others were "
+            "stopped; what was finished is kept: run the same command again",
+            file=sys.stderr,
+        )
+        return 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
@@ -119,9 +132,9 @@ def _tasks(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
 
 
-def _check_count(devices: int, environment: Mapping[str, str]) -> None:
+def _check_count(devices: int, environment: Mapping[str, str], name: str) -> None:
     local = environment.get("LOCAL_WORLD_SIZE")
     if local is not None and int(local) != devices:
         raise UsageError(
-            f"trainer.devices={devices}, but the launcher started {local} processes on this node; make the two equal"
+            f"{name}={devices}, but the launcher started {local} processes on this node; make the two equal"
         )

@@ -39,6 +39,10 @@ _CONFIG, _CHECKPOINTS, _METRICS, _DONE, _LOCK = "config.yaml", "checkpoints", "m
 _held: set[int] = set()
 
 
+class FolderInUse(RunError):
+    """Another process works in the run folder."""
+
+
 def _forget_locks() -> None:
     # A forked child would keep the folder locked after its parent was killed.
     for descriptor in _held:
@@ -212,7 +216,7 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Holds the folder for this process; the system lets go of it however the process ends.
 
-        Raises RunError when another process holds it. Leftovers of killed writers are removed on the way in.
+        Raises FolderInUse when another process holds it. Leftovers of killed writers are removed on the way in.
         """
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         locked = False
@@ -222,7 +226,7 @@ class RunFolder:
             except BlockingIOError as error:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").split()
                 pid, host = holder if len(holder) == 2 else ("?", "?")
-                raise RunError(
+                raise FolderInUse(
                     f"run folder {self.path} is in use by pid {pid} on {host}; "
                     "wait for it or choose another seed or run"
                 ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ class LedgerData:
         reused: blocks that took something from memory [K, G, N], int16.
         full_macs: of one row through the plain network (the path its noise level is routed to), int64 [K].
         time, log_snr: process time and log-SNR of each call [K].
+        branches: branches that guidance asks for at each call, int16 [K]; fewer than G outside its interval.
     """
 
     depth: NDArray[np.int16]
@@ -39,6 +40,12 @@ class LedgerData:
     full_macs: NDArray[np.int64]
     time: NDArray[np.float64]
     log_snr: NDArray[np.float64]
+    branches: NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, dtype=np.int16))  # all G, if not given
+
+    def __post_init__(self) -> None:
+        if not self.branches.size:
+            every = np.full(self.macs.shape[0], self.macs.shape[1], dtype=np.int16)
+            object.__setattr__(self, "branches", every)
 
     @property
     def num_samples(self) -> int:
@@ -50,8 +57,8 @@ class LedgerData:
 
     @property
     def full_macs_per_image(self) -> int:
-        """The plain network at every call and branch."""
-        return int(self.full_macs.sum()) * int(self.macs.shape[1])
+        """The plain network at every call, in every branch that guidance asks for there."""
+        return int((self.full_macs * self.branches).sum())
 
     @property
     def macs_saved(self) -> float:
@@ -73,6 +80,7 @@ class LedgerData:
             self.full_macs,
             self.time,
             self.log_snr,
+            self.branches,
         )
 
     @staticmethod
@@ -87,6 +95,7 @@ class LedgerData:
             full_macs=first.full_macs,
             time=first.time,
             log_snr=first.log_snr,
+            branches=first.branches,
         )
 
     def save(self, path: Path) -> None:
@@ -99,7 +108,8 @@ class LedgerData:
         """Raises RunError where the file is no ledger."""
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
-                return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+                # A file from before guidance had an interval has no `branches`.
+                return cls(**{n: data[n] for n in cls.__dataclass_fields__ if n in data or n != "branches"})
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise RunError(f"{path} is not a ledger ({error}); make it again with gearshift sample") from error
 
@@ -118,6 +128,7 @@ class Ledger:
         self.branches, self.batch = branches, batch
         self._calls: list[Call] = []
         self._rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._branches: list[int] = []
 
     def record(self, call: Call, prediction: Prediction) -> None:
         """Enter one call. Everything needed is on the host already."""
@@ -135,6 +146,7 @@ class Ledger:
                 reused[event.rows.index] += int(taken)
         self._calls.append(call)
         self._rows.append((prediction.depth, prediction.called, macs, reused))
+        self._branches.append(prediction.branches)
 
     def close(self) -> LedgerData:
         """The arrays of the chunk."""
@@ -150,4 +162,5 @@ class Ledger:
             full_macs=np.array([self.full_macs[call.position] for call in self._calls], dtype=np.int64),
             time=np.array([call.time for call in self._calls], dtype=np.float64),
             log_snr=np.array([call.log_snr for call in self._calls], dtype=np.float64),
+            branches=np.array(self._branches, dtype=np.int16),
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gearshift.diffusion.denoiser import Denoiser, Held
+from gearshift.diffusion.denoiser import Denoiser, Held, Prediction
 from gearshift.diffusion.solvers.base import Call, Solver
 from gearshift.execution.cost import CostTable
 from gearshift.execution.memory import Memory
@@ -18,6 +18,7 @@ from gearshift.policies.base import Policy, RunInfo
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
 from gearshift.sampling.ledger import Ledger, LedgerData
+from gearshift.sampling.switching import DepthWatch
 
 LABELS = ("uniform", "balanced")
 
@@ -34,6 +35,9 @@ class Sampler:
         labels: "uniform" (keyed draw per image), "balanced" (index modulo classes), or one class for all.
         dtype: of the network's products; x and the solver stay in fp32.
         packing: real packing, or simulation.
+        guidance_channels: guide the first so many channels (3 of 4 in the official DiT); None guides all.
+        guidance_interval: least and greatest log-SNR of a call that is guided; the others run the conditional branch
+            alone. None guides every call.
     """
 
     denoiser: Denoiser
@@ -45,6 +49,8 @@ class Sampler:
     labels: str | int = "uniform"
     dtype: torch.dtype = torch.float32
     packing: Packing = PACK
+    guidance_channels: int | None = None
+    guidance_interval: tuple[float, float] | None = None
 
     def check(self) -> None:
         """Raises UsageError where solver, policy, guidance or labels do not fit the network."""
@@ -55,6 +61,16 @@ class Sampler:
         self.policy.check(RunInfo(self.calls(), network, self.chunk, self.branches))
         if self.branches == 2:
             network.null_cond(1, self.device)
+        if self.guidance_channels is not None and not 1 <= self.guidance_channels <= network.in_channels:
+            raise UsageError(
+                f"guidance_channels={self.guidance_channels} is outside 1..{network.in_channels}, the channels of "
+                f"{network.name}; null guides them all"
+            )
+        if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
+            raise UsageError(
+                f"guidance_interval={list(self.guidance_interval)} is empty; give the least log-SNR that is guided, "
+                "then the greatest"
+            )
         if network.cond_kind == "class":
             known = network.num_classes or 0
             if isinstance(self.labels, str) and self.labels not in LABELS:
@@ -113,8 +129,12 @@ def sample_chunk(
     *,
     cond: Tensor | None = None,
     on_call: Callable[[Call], None] | None = None,
+    on_prediction: Callable[[Call, Prediction], None] | None = None,
 ) -> Chunk:
-    """Images of `index` (int64 [B]); `cond` replaces the sampler's own labels."""
+    """Images of `index` (int64 [B]); `cond` replaces the sampler's own labels.
+
+    `on_call` is told each call when it is done, `on_prediction` also what was predicted, on the device.
+    """
     denoiser, solver, policy = sampler.denoiser, sampler.solver, sampler.policy
     network = denoiser.network
     cond = sampler.cond(index) if cond is None else cond
@@ -129,6 +149,7 @@ def sample_chunk(
     full_macs = [table.full(network, path).macs for path in network.route(levels).tolist()]
     ledger = Ledger(table, full_macs, run.branches, run.batch)
     held: Held | None = None
+    watch = DepthWatch(run.branches, run.batch) if solver.restart_at_switch else None
     solved = solver.begin(denoiser.process, keys.normal(sampler.seed, "init_noise", index, 0, shape))
     for call in calls:
         plan = policy.plan(state, call) if plans is None else plans[call.position]
@@ -142,6 +163,8 @@ def sample_chunk(
                 cond,
                 plan=plan,
                 guidance=sampler.guidance,
+                guidance_channels=sampler.guidance_channels,
+                guidance_interval=sampler.guidance_interval,
                 memory=memory,
                 held=held,
                 level=(call.alpha, call.sigma),
@@ -151,7 +174,7 @@ def sample_chunk(
         noise = None
         if call.needs_noise:
             noise = keys.normal(sampler.seed, "step_noise", index, call.position, shape)
-        fresh = prediction.called.reshape(run.branches, run.batch).all(0)
+        fresh = prediction.called.reshape(run.branches, run.batch)[: prediction.branches].all(0)
         some = bool(fresh.any()) and not bool(fresh.all())
         solved = solver.advance(
             solved,
@@ -160,10 +183,13 @@ def sample_chunk(
             variance=prediction.variance,
             noise=noise,
             fresh=to_device(fresh, x.device) if some else bool(fresh.all()),
+            switched=False if watch is None else watch.switched(plan, prediction, x.device),
         )
         if not policy.static:
             state = policy.observe(state, call, x, solver.result(solved), prediction)
         ledger.record(call, prediction)
+        if on_prediction is not None:
+            on_prediction(call, prediction)
         if on_call is not None:
             on_call(call)
     return Chunk(index, solver.result(solved), cond, ledger.close())

@@ -10,10 +10,10 @@ import lightning.pytorch as pl
 import torch
 from torch import distributed as dist
 
+from gearshift.runtime.loggers import MetricLogger
 from gearshift.runtime.progress import Progress, note
 from gearshift.training.checkpoint import LAST
 from gearshift.training.config import TrainerConfig
-from gearshift.training.loggers import MetricLogger
 from gearshift.training.metrics import MetricsFile
 from gearshift.training.module import DiffusionTraining
 from gearshift.training.optim import learning_rate

@@ -33,6 +33,9 @@ class TrainerConfig:
         devices, num_nodes: processes per node, one per device, and nodes.
         checkpoint_every_steps, checkpoint_every_minutes: when a checkpoint is due, besides at the end; None is never.
         log_every: steps per line of metrics.csv; each line averages the steps since the one before.
+        freeze: parameters that do not learn, as patterns over their names (`t_embedder.*`). They get no gradient and
+            stay the same bits; checkpoints and averages hold them.
+        compile: compile the blocks of the network, one by one (`execution.compiling`).
         deterministic: refuse operations whose result differs from run to run (CUDA has some; the CPU needs no switch).
     """
 
@@ -56,6 +59,8 @@ class TrainerConfig:
     checkpoint_every_minutes: float | None = 10.0
     log_every: int = 50
     deterministic: bool = False
+    freeze: tuple[str, ...] = ()
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

@@ -1,26 +1,28 @@
-"""From the number of a micro-batch to images on the device: order, slices of the processes, flips.
+"""From the number of a micro-batch to images on the device: order, slices of the processes, flips, latent noise.
 
 Sample j of micro-batch m is number g = m * M + j of an endless sequence in which every stretch of N is a permutation
 of the data set keyed by (seed, epoch). Nothing is remembered between micro-batches: any can be made at any time.
 
-The uint8 images move to the device once where they fit. Where they do not, the next micro-batches are gathered ahead by
-a thread into pinned memory.
+The data (uint8 images, moments of latents) move to the device once where they fit. Where they do not, the next
+micro-batches are gathered ahead by a thread into pinned memory, mirrored where a flip was drawn. What a latent draws
+around its mean is made on the device, anew for every sample of every micro-batch.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from gearshift.data.dataset import ImageDataset
+from gearshift.data.dataset import TrainingData
 from gearshift.execution.stream import to_device
 from gearshift.objectives.base import Batch
 from gearshift.runtime import keys
 
 HOST = torch.device("cpu")
+D = TypeVar("D", bound=TrainingData)
 _AHEAD = 3
 # The rest of the device's memory is for weights, optimiser and activations, which are not there yet.
 _SHARE_OF_FREE = 0.25
@@ -57,12 +59,12 @@ class Order:
         return self._epochs[epoch]
 
 
-class Feed:
+class Feed(Generic[D]):
     """Makes the slice of this process of any micro-batch.
 
     Args:
         dataset: the train split.
-        seed: of order and flips.
+        seed: of order, flips and the noise of latents.
         size: images of a micro-batch over all processes.
         start, stop: the slice of this process.
         device: where the batch is wanted.
@@ -73,7 +75,7 @@ class Feed:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: D,
         *,
         seed: int,
         size: int,
@@ -88,23 +90,20 @@ class Feed:
         self.flip, self.labelled = flip, labelled
         self.resident = _fits(dataset, device) if resident is None else resident
         self._dataset = dataset.to(device) if self.resident else dataset
-        self._order = Order(seed, len(dataset), size, device if self.resident else HOST)
+        place = device if self.resident else HOST
+        self._order = Order(seed, len(dataset), size, place)
         self._slot = torch.arange(start, stop, device=device)
-        self._all = torch.arange(stop - start, device=device)
+        self._slot_at_data = torch.arange(start, stop, device=place)
         self._worker = None if self.resident else ThreadPoolExecutor(1, thread_name_prefix="gearshift-feed")
-        self._coming: dict[int, Future[ImageDataset]] = {}
+        self._coming: dict[int, Future[D]] = {}
 
     def batch(self, micro_batch: int) -> Batch:
         """This process's slice of a micro-batch, images float32 [stop - start, C, H, W] in [-1, 1]."""
-        flip = None
-        if self.flip:
-            flip = keys.uniform(self.seed, "flip", self._slot, micro_batch) < 0.5
-        if self._worker is None:
-            index = self._order.indices(micro_batch, self.start, self.stop)
-            images, labels = self._dataset.gather(index, flip)
-        else:
-            images, labels = self._next(micro_batch, self._worker).gather(self._all, flip)
-        return Batch(images, labels if self.labelled else None, self._slot, micro_batch)
+        rows = self._rows(micro_batch) if self._worker is None else self._next(micro_batch, self._worker)
+        noise = None
+        if rows.noise_shape is not None:
+            noise = keys.normal(self.seed, "latent", self._slot, micro_batch, rows.noise_shape)
+        return Batch(rows.floats(noise), rows.labels if self.labelled else None, self._slot, micro_batch)
 
     def close(self) -> None:
         """Lets go of the thread and of what it has gathered."""
@@ -112,29 +111,26 @@ class Feed:
             self._worker.shutdown(wait=True, cancel_futures=True)
             self._coming.clear()
 
-    def _next(self, micro_batch: int, worker: ThreadPoolExecutor) -> ImageDataset:
+    def _rows(self, micro_batch: int) -> D:
+        flip = None
+        if self.flip:
+            flip = keys.uniform(self.seed, "flip", self._slot_at_data, micro_batch) < 0.5
+        return self._dataset.take(self._order.indices(micro_batch, self.start, self.stop), flip)
+
+    def _next(self, micro_batch: int, worker: ThreadPoolExecutor) -> D:
         for wanted in range(micro_batch, micro_batch + _AHEAD + 1):
             if wanted not in self._coming:
                 self._coming[wanted] = worker.submit(self._gather, wanted)
         gathered = self._coming.pop(micro_batch).result()
-        labels = gathered.labels
-        return replace(
-            gathered,
-            images_u8=gathered.images_u8.to(self.device, non_blocking=True),
-            labels=None if labels is None else labels.to(self.device, non_blocking=True),
-        )
+        return gathered.apply(lambda tensor: tensor.to(self.device, non_blocking=True))
 
-    def _gather(self, micro_batch: int) -> ImageDataset:
-        index = self._order.indices(micro_batch, self.start, self.stop)
-        images, labels = self._dataset.images_u8[index], self._dataset.labels
-        labels = None if labels is None else labels[index]
-        if self.device.type == "cuda":
-            images, labels = images.pin_memory(), None if labels is None else labels.pin_memory()
-        return replace(self._dataset, images_u8=images, labels=labels)
+    def _gather(self, micro_batch: int) -> D:
+        rows = self._rows(micro_batch)
+        return rows.apply(Tensor.pin_memory) if self.device.type == "cuda" else rows
 
 
-def _fits(dataset: ImageDataset, device: torch.device) -> bool:
+def _fits(dataset: TrainingData, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return dataset.images_u8.nbytes <= _SHARE_OF_FREE * free
+    return dataset.nbytes <= _SHARE_OF_FREE * free

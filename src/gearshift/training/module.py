@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ from gearshift.training.config import TrainerConfig
 from gearshift.training.ema import Ema
 from gearshift.training.feed import Feed
 from gearshift.training.meter import Meter
-from gearshift.training.optim import learning_rate, make_optimizer
+from gearshift.training.optim import freeze, learning_rate, make_optimizer
 
 
 class DiffusionTraining(pl.LightningModule):
@@ -29,7 +30,7 @@ class DiffusionTraining(pl.LightningModule):
 
     Args:
         config: of the trainer.
-        denoiser: its network is trained.
+        denoiser: its network is trained, but for what the configuration freezes.
         objective: gives the loss.
         dataset: the train split.
         config_text: what decides the weights, to be kept in checkpoints.
@@ -59,6 +60,8 @@ class DiffusionTraining(pl.LightningModule):
         self._feed: Feed | None = None
         self._restored: dict[str, Any] | None = None
         self._at_once = False
+        self._slots = torch.empty(0, dtype=torch.int64)
+        freeze(denoiser.network, config.freeze)
 
     def configure_optimizers(self) -> AdamW:
         return make_optimizer(self.config, self.denoiser.parameters())
@@ -68,6 +71,7 @@ class DiffusionTraining(pl.LightningModule):
         device, network = self.device, self.denoiser.network
         share = self.config.micro_batch_size // self.trainer.world_size
         start = share * self.trainer.global_rank
+        self._slots = torch.arange(start, start + share)
         self._feed = Feed(
             self._dataset,
             seed=self.config.seed,
@@ -92,7 +96,7 @@ class DiffusionTraining(pl.LightningModule):
     def training_step(self, number: int, batch_idx: int) -> Tensor:
         """The loss of this process's slice of a micro-batch."""
         assert self._feed is not None and number == self.micro_batch
-        batch = self._feed.batch(number)
+        batch = replace(self._feed.batch(number), host_slot=self._slots)
         terms = self.objective.loss(self.denoiser, batch, Draws(self.config.seed, batch))
         self.meter.add(number, terms)
         if self._at_once and self.meter.last_not_finite():

@@ -24,15 +24,16 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from gearshift.data.dataset import ImageDataset
 from gearshift.diffusion.denoiser import Denoiser
+from gearshift.execution.compiling import compile_blocks
 from gearshift.objectives.base import Objective
 from gearshift.runtime import launch
 from gearshift.runtime.errors import UsageError, UserError
+from gearshift.runtime.loggers import MetricLogger
 from gearshift.runtime.progress import Progress, note
 from gearshift.runtime.run import RunFolder
 from gearshift.training import checkpoint
 from gearshift.training.boundary import Boundary, say_stopped
 from gearshift.training.config import TrainerConfig
-from gearshift.training.loggers import MetricLogger
 from gearshift.training.metrics import MetricsFile
 from gearshift.training.module import DiffusionTraining
 from gearshift.training.signals import Stopped, StopRequest
@@ -90,6 +91,8 @@ def train(
             note(f"resuming {run.path} after step {begun} of {config.max_steps}")
         module = DiffusionTraining(config, denoiser, objective, dataset, config_text=config_text, flip=flip)
         module.train()
+        if config.compile:
+            compile_blocks(denoiser.network)
         metrics = MetricsFile(run.metrics_path, begun) if main else None
         stop = StopRequest()
         progress = Progress(config.max_steps, "train", start=begun)

@@ -43,8 +43,40 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "several policies x solvers of one run, side by side, with a report",
         (
             "gearshift evaluate run=RUN evaluation=demo",
+            "gearshift evaluate run=RUN evaluation=fid50k devices=4 device=cuda precision=bf16",
+            "gearshift evaluate run=RUN evaluation.repeats=3 '+evaluation.metrics=[fd@classifier,kd@classifier]'",
             "gearshift evaluate run=RUN evaluation.num_images=2000 evaluation.guidance=2",
             "gearshift evaluate run=RUN '+evaluation.policies.d3={_target_: gearshift.policies.FixedDepth, depth: 3}'",
+        ),
+    ),
+    "reference": (
+        "reference",
+        "statistics of a data set under a feature extractor, for evaluate; or what such a file holds",
+        (
+            "gearshift reference data=cifar10 extractor=inception out=cifar10.npz",
+            "gearshift reference data=digits extractor=classifier",
+            "gearshift reference read=fid_stats_cifar10_train_pytorch.npz",
+        ),
+    ),
+    "encode": (
+        "encode",
+        "an image data set to latents of an autoencoder; the same command again resumes",
+        ("gearshift encode data=imagenet data.path=DIR out=LATENTS devices=4",),
+    ),
+    "compare": (
+        "compare",
+        "several evaluations joined into one table and one plot, with what differs between their protocols",
+        (
+            "gearshift compare runs/digits/HASH runs/digits/OTHER",
+            "gearshift compare A/metrics.json B/metrics.json out=DIR",
+        ),
+    ),
+    "table": (
+        "table",
+        "a paper's table: published, measured, missing; run=missing trains and evaluates what is missing",
+        (
+            "gearshift table experiments/deediff/cifar10.yaml",
+            "gearshift table experiments/deediff/cifar10.yaml run=missing launcher=slurm",
         ),
     ),
     "profile": (
@@ -63,7 +95,10 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "gearshift bench",
             "gearshift bench backbone=uvit_cifar10 batch=64 repeats=10",
             "gearshift bench training=true batch=64",
+            "gearshift bench training=true backbone=dit_digits exits=none policy=ase_demo batch=64",
             "gearshift bench run=RUN policy=uncertainty_exit policy.threshold=0.1",
+            "gearshift bench sampling=true run=RUN policy=uncertainty_exit 'batches=[1,8,32,128]' latency_repeats=20",
+            "gearshift bench features=true batch=128",
         ),
     ),
     "import": (
@@ -82,6 +117,10 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         ("gearshift list", "gearshift list group=policy"),
     ),
 }
+
+
+# Verbs that take paths besides overrides; they arrive as the setting `paths`.
+WITH_PATHS = ("compare", "table")
 
 
 def load(verb: str) -> Callable[[DictConfig], dict[str, Any] | None]:

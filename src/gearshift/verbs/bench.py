@@ -2,112 +2,74 @@
 
 The calls that are timed lie evenly over the solver's, each at the x the full computation has there. Where a run is
 given, its own heads decide who leaves; else weights are random and depths are drawn, and the heads are still paid.
+Whole generations (sampling=true) and what features add to them (features=true) are in modules of their own.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from gearshift import api
-from gearshift.assembly import build_denoiser, build_policy, build_solver, device_of, dtype_of
+from gearshift.assembly import build_solver, device_of, dtype_of
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.solvers.base import Call, Solver
 from gearshift.evaluation.conditions import conditions
-from gearshift.evaluation.throughput import BUSY, Timing, interleave
+from gearshift.evaluation.speed import saving_realised
+from gearshift.evaluation.throughput import Timing, interleave
 from gearshift.execution.cost import CostTable
-from gearshift.execution.exits import ExitView
 from gearshift.execution.plan import FULL, StepPlan
-from gearshift.objectives.base import Batch, Draws, Objective
-from gearshift.objectives.deediff import DeeDiff, DeeDiffConfig
-from gearshift.objectives.simple import Simple, SimpleConfig
-from gearshift.policies import FixedDepth, Full, Policy
+from gearshift.policies import Full, Policy
 from gearshift.policies.base import RunInfo
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
-from gearshift.runtime.progress import Progress, note
-
-
-@dataclass(frozen=True)
-class DrawnExits(Policy):
-    """Every row leaves at an exit drawn uniformly; uncertainty heads are evaluated as if they decided."""
-
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        return "per-row exits, drawn"
-
-    def plan(self, state: RunInfo, call: Call) -> StepPlan:
-        exits = torch.tensor(state.network.exits())
-        rows = torch.arange(state.num_rows)
-        drawn = exits[keys.integers(self.seed, "bench_exit", rows, call.position, len(exits))]
-        return StepPlan(exit=_Drawn(drawn, state.network.has_uncertainty))
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    depth: Tensor
-    pays: bool
-
-    def depths(self, exits: tuple[int, ...]) -> Collection[int]:
-        return exits[:-1]
-
-    def begin(self, num_rows: int) -> None:
-        return None
-
-    def leaves(self, view: ExitView, state: Any) -> Tensor:
-        chosen = self.depth[view.rows.host()] <= view.depth
-        if not self.pays:
-            return chosen
-        # As a threshold rule does: the head's mean goes to the host.
-        measured = view.uncertainty().cpu()
-        return chosen & (measured >= 0)
+from gearshift.runtime.progress import Progress
+from gearshift.verbs.bench_common import denoiser_of, is_busy, policies_of, tokens, verdict
+from gearshift.verbs.bench_features import run as bench_features
+from gearshift.verbs.bench_sampling import run as bench_sampling
+from gearshift.verbs.bench_training import run as bench_training
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    for name in ("batch", "strata", "repeats"):
+    for name in ("batch", "strata", "repeats", "rounds"):
         if cfg[name] < 1:
             raise UsageError(f"{name}={cfg[name]} must be at least 1")
+    kinds = [name for name in ("training", "sampling", "features") if cfg[name]]
+    if len(kinds) > 1:
+        raise UsageError(f"{'=true and '.join(kinds)}=true measure different things; choose one")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     device, dtype = device_of(cfg.device), dtype_of(cfg.precision)
     solver = build_solver(cfg.solver)
-    denoiser = _denoiser(cfg, device)
+    denoiser = denoiser_of(cfg, device)
     network = denoiser.network
     table = CostTable.measure(network)
-    policies: dict[str, Policy] = {}
-    if cfg.get("policy"):
-        policies["policy"] = build_policy(cfg.policy)
-    else:
-        exits = network.exits()
-        policies["fixed"] = FixedDepth(exits[len(exits) // 2])
-        policies["drawn"] = DrawnExits(cfg.seed)
+    policies = policies_of(cfg, network)
     if cfg.training:
-        return _training(denoiser, cfg, device, dtype)
+        return bench_training(denoiser, policies.get("policy"), cfg, device, dtype)
+    if cfg.sampling:
+        return bench_sampling(denoiser, solver, policies, cfg, table, device, dtype)
+    if cfg.features:
+        return bench_features(denoiser, solver, cfg, table, device, dtype)
     bench = _Bench(denoiser, solver, cfg, table, device, dtype)
     rows, others = bench.run(policies)
-    busy = others is not None and others > BUSY
+    busy = is_busy(others)
     for row in rows:
-        met = row["saving_realised"] is not None and row["saving_realised"] >= cfg.target
-        row["verdict"] = "machine busy, no verdict" if busy else "met" if met else "missed"
+        row["verdict"] = verdict(row["saving_realised"] is not None and row["saving_realised"] >= cfg.target, busy)
     answer = {
         "rows": rows,
         "target": cfg.target,
         "other_processes": others,
         "busy": busy,
         "conditions": {
-            **conditions(device, dtype),
+            **conditions(device, dtype, network),
             "batch": cfg.batch,
             "rows": cfg.batch * denoiser.num_branches(cfg.guidance),
             "guidance": cfg.guidance,
-            "tokens": _tokens(denoiser),
+            "tokens": tokens(denoiser),
             "strata": [round(call.time, 4) for call in bench.calls],
             "repeats": cfg.repeats,
             "weights": "random" if cfg.run is None else str(cfg.run),
@@ -115,64 +77,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     }
     _show(answer)
     return answer
-
-
-def _training(denoiser: Denoiser, cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Seconds of a training step (forward and backward) with DeeDiff's objective over every exit, per plain step."""
-    network = denoiser.network.train().requires_grad_(True)
-    shape = (network.in_channels, network.image_size, network.image_size)
-    slot = torch.arange(cfg.batch, device=device)
-    images = keys.normal(cfg.seed, "bench_images", slot, 0, shape).clamp(-1, 1)
-    cond = network.example_cond(cfg.batch, device)
-    batch = Batch(images, cond, slot, 0)
-
-    def step(objective: Objective) -> Callable[[], None]:
-        objective.check(network)
-
-        def run() -> None:
-            network.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = objective.loss(denoiser, batch, Draws(cfg.seed, batch))["loss"]
-            loss.backward()
-
-        return run
-
-    methods = {"plain": step(Simple(SimpleConfig())), "every exit": step(DeeDiff(DeeDiffConfig()))}
-    with Progress(2 * (cfg.repeats + cfg.warmup), "bench, training steps", unit="steps") as progress:
-        timings, others = interleave(
-            methods, cfg.repeats, device, warmup=cfg.warmup, on_run=lambda _: progress.update(1)
-        )
-    busy = others is not None and others > BUSY
-    added = timings["every exit"].ratio_of(timings["plain"]) - 1
-    note(
-        f"training step at batch {cfg.batch}: {1000 * timings['plain'].median:.1f} ms, every exit adds {added:.1%}"
-        + (f" (other processes used {others:.0%} of the CPU time: measure again)" if busy else "")
-    )
-    return {
-        "added_by_exits": added,
-        "plain_ms": 1000 * timings["plain"].median,
-        "every_exit_ms": 1000 * timings["every exit"].median,
-        "spread": max(timing.spread for timing in timings.values()),
-        "other_processes": others,
-        "busy": busy,
-        "conditions": {**conditions(device, dtype), "batch": cfg.batch, "repeats": cfg.repeats},
-    }
-
-
-def _denoiser(cfg: DictConfig, device: torch.device) -> Denoiser:
-    if cfg.run is not None:
-        return api.load(cfg.run, device=cfg.device).denoiser
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
-        return build_denoiser(cfg).to(device).eval().requires_grad_(False)
-
-
-def _tokens(denoiser: Denoiser) -> int | None:
-    network = denoiser.network
-    try:
-        return int((network.image_size // network.patch(network.exits()[0])) ** 2)
-    except NotImplementedError:
-        return None
 
 
 class _Bench:
@@ -259,7 +163,7 @@ class _Bench:
                     "macs_saved": macs_saved,
                     "time_saved": 1 - ratio,
                     "speedup": 1 / ratio,
-                    "saving_realised": (1 - ratio) / macs_saved if macs_saved > 0.01 else None,
+                    "saving_realised": saving_realised(1 - ratio, macs_saved),
                     "spread": max(t.spread for t in times[key]),
                 }
             )

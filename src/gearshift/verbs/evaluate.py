@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +13,29 @@ from omegaconf import DictConfig, OmegaConf
 
 from gearshift import api
 from gearshift.assembly import build_data, dtype_of
-from gearshift.runtime import config
-from gearshift.runtime.errors import UsageError
-from gearshift.runtime.launch import world_size
+from gearshift.data.latents import pixels_behind
+from gearshift.runtime import config, launch, peers
+from gearshift.runtime.errors import RunError, UsageError
+from gearshift.runtime.files import slug
 from gearshift.runtime.progress import Progress
+from gearshift.runtime.run import RunFolder
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
-    from gearshift.evaluation.classifier import Classifier, get_classifier
-    from gearshift.evaluation.evaluate import Evaluation, Evaluator, cache_folder, plan_rows
+def run(cfg: DictConfig) -> dict[str, Any] | None:
+    evaluation: Any = config.build(cfg.evaluation)
+    RunFolder.open(cfg.run)  # what cannot be found is said once, before several processes start
+    if cfg.devices is not None:
+        multirun = "MULTIRUN" in str(_hydra("mode"))
+        launch.ensure_processes(cfg.devices, ["evaluate", *sys.argv[1:]], multirun=multirun, name="devices")
+    from gearshift.evaluation.evaluate import Evaluator
+    from gearshift.evaluation.instruments import Instruments
     from gearshift.evaluation.report import write_report
+    from gearshift.evaluation.results import pictures, results
+    from gearshift.evaluation.rows import plan_rows
     from gearshift.evaluation.table import format_table
 
-    if world_size() > 1:
-        raise UsageError(f"evaluate works on one process for now, and {world_size()} were started; start one")
-    evaluation: Evaluation = config.build(cfg.evaluation)
-    loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device)
+    settings = evaluation.config
+    loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
     device = next(loaded.denoiser.parameters()).device
     source = loaded.config
     if cfg.data_path is not None:
@@ -34,38 +44,108 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if not source.get("data"):
         raise UsageError(f"run={cfg.run} was imported without data=; evaluate needs the data to compare with")
 
-    def make(policy: Any, solver: Any, **settings: Any) -> Any:
-        return loaded.sampler(policy, solver, precision=cfg.precision, **settings)
+    def make(policy: Any, solver: Any, **fields: Any) -> Any:
+        return loaded.sampler(policy, solver, precision=cfg.precision, **fields)
 
-    plan_rows(evaluation.config, make)  # what cannot be is refused before a classifier is trained
-    data = build_data(source, loaded.denoiser.network)
-    train = data.load("train")
-    classifier: Classifier | None = None
-    if train.labels is not None and "classifier" in evaluation.config.metrics:
-        test = data.load("test")
+    plan_rows(settings, make)  # what cannot be is refused before a classifier is trained
+    data = pixels_behind(build_data(source, loaded.denoiser.network))
+    split = data.load(settings.split)
+    folder = Path(cfg.out) if cfg.out is not None else loaded.folder.path / "evaluations" / settings.name
+    _claim(folder)
+    with _alone(folder):  # before the others may write into it
+        peers.meet()
+        classifier = _classifier(settings, data, split, device)
+        instruments = Instruments.prepare(settings, split, classifier, device)
+        evaluator = Evaluator(settings, make, instruments, split, device, folder, loaded.to_pixels())
+        evaluator.run()
+        if not launch.is_main():
+            return None
+        found = results(
+            evaluator, str(loaded.folder.path), dtype_of(cfg.precision), classifier, _overrides(), ema=cfg.ema
+        )
+        report = write_report(folder, found, pictures(evaluator))
+        (folder / "ledgers").mkdir(exist_ok=True)
+        for name, done in evaluator.rows.items():
+            done.ledger.save(folder / "ledgers" / f"{slug(name)}.npz")
+        if cfg.logger:
+            figures = {path.stem: path for path in sorted(folder.glob("*.png"))}
+            logger = config.build(cfg.logger)
+            logger.report(loaded.folder, config.plain(loaded.config), settings.name, found, figures)
+    print(format_table(found["rows"], width=shutil.get_terminal_size((160, 24)).columns), file=sys.stderr)
+    for line in (*found["warnings"], *found["timing_warnings"]):
+        print(f"note: {line}", file=sys.stderr)
+    for missing in found["unavailable"]:
+        print(f"left out: {missing['name']} ({missing['reason']})", file=sys.stderr)
+    print(f"report: {report}", file=sys.stderr)
+    return {"run": str(loaded.folder.path), "report": str(report), "rows": found["rows"]}
+
+
+_claimed: set[tuple[str, Path]] = set()
+
+
+def _claim(folder: Path) -> None:
+    """Raises UsageError where an earlier job of this sweep has its report in the same folder, which would be lost."""
+    if "MULTIRUN" not in str(_hydra("mode")):
+        return
+    claim = (str(_hydra("sweep").dir), folder.resolve())
+    if claim in _claimed:
+        raise UsageError(
+            f"an earlier job of this sweep has its report in {folder}; give every job a folder of its own, as in "
+            "evaluation.name='w${evaluation.guidance}'"
+        )
+    _claimed.add(claim)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else evaluates into the same folder meanwhile. Raises RunError where somebody does, or where it cannot be
+    made."""
+    with contextlib.ExitStack() as stack:
+        if launch.is_main():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(RunFolder(folder).lock())
+            except OSError as error:
+                reason = error.strerror or error
+                raise RunError(f"cannot write into the folder {folder} ({reason}); name another one by out=") from error
+            except RunError as error:
+                who = str(error).partition(";")[0]
+                raise RunError(f"{who}; wait for it, or evaluate into another folder by out=") from error
+        yield
+
+
+def _classifier(settings: Any, data: Any, split: Any, device: Any) -> Any:
+    """The classifier that the metrics ask for, trained by the main process where it is not in the cache; None where no
+    metric asks or the data has no labels."""
+    from gearshift.data.cache import cache_root
+    from gearshift.evaluation.batches import all_cores
+    from gearshift.evaluation.classifier import get_classifier
+
+    asked = any(name == "label_agreement" or name.endswith("@classifier") for name in settings.metrics)
+    if not asked or split.labels is None:
+        return None
+    train, test = (split if split.split == name else data.load(name) for name in ("train", "test"))
+    where = cache_root() / "classifiers"
+    if launch.is_main():
         with Progress(0, f"classifier on {train.name}", unit="steps") as progress:
 
             def tell(done: int, total: int) -> None:
                 progress.total = total
                 progress.update(done - progress.done)
 
-            classifier = get_classifier(train, test, cache_folder(), device, tell)
+            with all_cores():  # on another number of threads its weights would differ in their last bits
+                classifier = get_classifier(train, test, where, device, tell)
+    peers.barrier("the classifier was trained")
+    return classifier if launch.is_main() else get_classifier(train, test, where, device)
 
-    evaluator = Evaluator(evaluation.config, make, train, classifier, device)
-    evaluator.run()
-    results = evaluator.results(str(loaded.folder.path), dtype_of(cfg.precision))
-    name = evaluation.config.name
-    folder = Path(cfg.out) if cfg.out is not None else loaded.folder.path / "evaluations" / name
-    images, depths = evaluator.pictures()
-    report = write_report(folder, results, images, depths)
-    (folder / "ledgers").mkdir(exist_ok=True)
-    for title, row in evaluator.rows.items():
-        slug = "".join(c if c.isalnum() else "-" for c in title)
-        row.ledger.save(folder / "ledgers" / f"{slug}.npz")
-    print(format_table(results["rows"]), file=sys.stderr)
-    for line in results["warnings"]:
-        print(f"note: {line}", file=sys.stderr)
-    for missing in results["unavailable"]:
-        print(f"left out: {missing['name']} ({missing['reason']})", file=sys.stderr)
-    print(f"report: {report}", file=sys.stderr)
-    return {"run": str(loaded.folder.path), "report": str(report), "rows": results["rows"]}
+
+def _overrides() -> list[str]:
+    """Of this job; the command line of a job that a launcher started elsewhere is the launcher's own."""
+    overrides = _hydra("overrides")
+    return sys.argv[1:] if overrides is None else [str(override) for override in overrides.task]
+
+
+def _hydra(name: str) -> Any:
+    from hydra.core.hydra_config import HydraConfig
+
+    return getattr(HydraConfig.get(), name) if HydraConfig.initialized() else None

@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         found[group] = {
             str(file.relative_to(folder).with_suffix("")): _first_line(file) for file in sorted(folder.rglob("*.yaml"))
         }
-    from gearshift.evaluation.evaluate import METRICS
+    from gearshift.evaluation.settings import METRICS
 
     found["metric"] = dict(METRICS)
     chosen = found if cfg.group is None else {cfg.group: found[cfg.group]}

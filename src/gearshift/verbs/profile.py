@@ -11,7 +11,7 @@ from gearshift.assembly import build_denoiser, build_policy, build_solver
 from gearshift.backbones.base import Backbone
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.execution.cost import Cost, CostTable
-from gearshift.execution.executor import Event
+from gearshift.execution.outputs import Event
 from gearshift.execution.stream import Rows
 from gearshift.policies.base import Policy, RunInfo
 from gearshift.runtime.run import RunFolder
@@ -119,7 +119,14 @@ def _under(denoiser: Denoiser, policy: Policy, solver: Any, table: CostTable, gu
             mode = "bypass" if block in plan.bypass else (plan.reused_part(block) or "full")
             cost += table.of(Event("block", path, block, mode, Rows(1))).macs
         macs += branches * cost
-    return {**answer, "calls": called, "gmacs_per_image": macs / 1e9, "macs_saved": 1 - macs / full}
+    return {
+        **answer,
+        "calls": called,
+        "gmacs_per_image": macs / 1e9,
+        # Skipped calls count: what a step of the solver costs on average, in each branch.
+        "gmacs_per_call": macs / 1e9 / (len(calls) * branches),
+        "macs_saved": 1 - macs / full,
+    }
 
 
 def _show(answer: dict[str, Any]) -> None:
@@ -128,7 +135,7 @@ def _show(answer: dict[str, Any]) -> None:
 
     console = Console(stderr=True)
     console.print(
-        f"{answer['backbone']}: {answer['params']:,} parameters, {answer['gmacs']:.4g} GMACs "
+        f"{answer['backbone']}: {answer['params']:,} parameters, {answer['gmacs']:.5g} GMACs "
         f"({answer['gmacs_conv_linear']:.4g} without attention products)"
     )
     table = Table("exit depth", "GMACs", "of full", "head MACs", "uncertainty MACs")
@@ -141,3 +148,9 @@ def _show(answer: dict[str, Any]) -> None:
             f"{row['uncertainty_macs']:,}",
         )
     console.print(table)
+    under = answer.get("policy")
+    if under is not None and under["gmacs_per_image"] is not None:
+        console.print(
+            f"{under['name']} with {under['solver']}: {under['gmacs_per_call']:.4g} GMACs per call on average, "
+            f"{under['macs_saved']:.1%} saved over {under['calls']} calls"
+        )

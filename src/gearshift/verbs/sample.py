@@ -1,23 +1,39 @@
-"""`gearshift sample`: images (.npz uint8), a grid (.png) and the ledger."""
+"""`gearshift sample`: images (one .npz, or a PNG each), a grid (.png) and the ledger."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from gearshift import api
-from gearshift.data.pixels import to_u8
-from gearshift.runtime import config
+from gearshift.data.decoding import ToPixels
+from gearshift.diffusion.denoiser import Prediction
+from gearshift.diffusion.solvers.base import Call
+from gearshift.diffusion.solvers.switches import switches
+from gearshift.evaluation.sample_files import AdmWriter, PngFolder
+from gearshift.execution.cost import CostTable
+from gearshift.runtime import config, launch
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import atomic_write
-from gearshift.runtime.launch import rank, world_size
-from gearshift.runtime.progress import Progress
+from gearshift.runtime.progress import Progress, note
+from gearshift.runtime.run import RunFolder
 from gearshift.sampling.gather import gather_chunks
-from gearshift.sampling.loop import Chunk, sample
+from gearshift.sampling.ledger import LedgerData
+from gearshift.sampling.loop import Sampler, sample, sample_chunk
+
+FORMATS = ("npz", "png")
+_SHOWN = 100
 
 
 def guidance_scale(w: float | None, s: float | None) -> float:
@@ -25,6 +41,15 @@ def guidance_scale(w: float | None, s: float | None) -> float:
     if w is not None and s is not None and w != 1 + s:
         raise UsageError(f"guidance={w} and s={s} contradict each other (guidance = 1 + s); give one of them")
     return w if w is not None else 1.0 if s is None else 1 + s
+
+
+def interval(value: Sequence[float] | None) -> tuple[float, float] | None:
+    """[least, greatest] as a pair. Raises UsageError for another number of values."""
+    if value is None:
+        return None
+    if len(value) != 2:
+        raise UsageError(f"guidance_interval={list(value)} is not a pair; give the least and the greatest log-SNR")
+    return float(value[0]), float(value[1])
 
 
 def label_setting(value: str | int) -> str | int:
@@ -35,55 +60,129 @@ def label_setting(value: str | int) -> str | int:
 def run(cfg: DictConfig) -> dict[str, Any] | None:
     if cfg.num_images < 1 or cfg.chunk < 1:
         raise UsageError(f"num_images={cfg.num_images} and chunk={cfg.chunk} must be at least 1")
-    loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device)
+    layout, devices = cfg.format, cfg.devices
+    if layout not in FORMATS:
+        raise UsageError(f"format={layout} is not one of {', '.join(FORMATS)}")
+    RunFolder.open(cfg.run)  # what cannot be found is said once, before several processes start
+    if devices is not None:
+        launch.ensure_processes(devices, ["sample", *sys.argv[1:]], multirun=_in_sweep(), name="devices")
+    loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
     sampler = loaded.sampler(
         cfg.policy,
         cfg.solver,
         precision=cfg.precision,
         seed=cfg.seed,
         guidance=guidance_scale(cfg.guidance, cfg.s),
+        guidance_channels=cfg.guidance_channels,
+        guidance_interval=interval(cfg.guidance_interval),
         labels=label_setting(cfg.labels),
         chunk=cfg.chunk,
     )
-    calls = sampler.calls()
-    mine = len(sampler.chunks(cfg.start, cfg.start + cfg.num_images)[rank() :: world_size()])
-    chunks: list[Chunk] = []
-    with Progress(mine * len(calls), "sample", unit="calls") as progress:
-        for chunk in sample(
-            sampler,
-            cfg.num_images,
-            start=cfg.start,
-            rank=rank(),
-            world_size=world_size(),
-            on_call=lambda _: progress.update(1),
-        ):
-            chunks.append(chunk)
-    gathered = gather_chunks(chunks)
-    if gathered is None:  # another process has them
-        return None
-    images = torch.cat([to_u8(chunk.images) for chunk in gathered.chunks]).permute(0, 2, 3, 1).numpy()
     folder = Path(cfg.out) if cfg.out is not None else loaded.folder.path / "samples" / _name(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {"arr_0": images, "index": np.arange(cfg.start, cfg.start + cfg.num_images)}
-    if gathered.labels is not None:
-        arrays["arr_1"] = gathered.labels.numpy()
-    atomic_write(folder / "images.npz", lambda file: np.savez_compressed(file, **arrays))
+    pixels = loaded.to_pixels()
+    written = _write(sampler, pixels, cfg.start, cfg.num_images, folder, layout)
+    if written is None:  # another process has the rest
+        return None
+    images, ledger, shown = written
     from gearshift.evaluation.plots import sample_grid
 
-    atomic_write(folder / "grid.png", sample_grid(images.transpose(0, 3, 1, 2)[:100]))
-    gathered.ledger.save(folder / "ledger.npz")
+    atomic_write(folder / "grid.png", sample_grid(shown.numpy()))
+    ledger.save(folder / "ledger.npz")
+    more: dict[str, Any] = {"switches": _switches(sampler, cfg.start)} if cfg.switches else {}
     return {
         "run": str(loaded.folder.path),
-        "images": str(folder / "images.npz"),
+        "images": str(images),
         "grid": str(folder / "grid.png"),
         "ledger": str(folder / "ledger.npz"),
         "num_images": cfg.num_images,
         "policy": sampler.policy.name,
         "solver": sampler.solver.name,
-        "calls": gathered.ledger.calls_per_image,
-        "macs_per_image": gathered.ledger.macs_per_image,
-        "macs_saved": gathered.ledger.macs_saved,
+        "calls": ledger.calls_per_image,
+        "macs_per_image": ledger.macs_per_image,
+        "macs_saved": ledger.macs_saved,
+        "decode_macs_per_image": pixels.macs(sampler.denoiser.network.image_size),
+        **more,
     }
+
+
+def _switches(sampler: Sampler, start: int) -> list[dict[str, Any]]:
+    """How visible each switch of depth is in the trajectory of the first chunk; rows that switch apart count by the
+    depth most of them have."""
+    calls: list[Call] = []
+    x0: list[Tensor] = []
+    depths: list[int] = []
+
+    def record(call: Call, prediction: Prediction) -> None:
+        calls.append(call)
+        x0.append(prediction.x0.cpu())
+        depths.append(int(prediction.depth.mode().values))
+
+    [index, *_] = sampler.chunks(start, start + 1)
+    sample_chunk(sampler, index, CostTable.measure(sampler.denoiser.network), on_prediction=record)
+    found = [dataclasses.asdict(switch) for switch in switches(calls, x0, depths)]
+    for one in found:
+        note(f"call {one['position']}: depth {one['before']} to {one['after']}, jump {one['jump']:.2f} (1: invisible)")
+    return found
+
+
+def _write(
+    sampler: Sampler, pixels: ToPixels, start: int, count: int, folder: Path, layout: str
+) -> tuple[Path, LedgerData, Tensor] | None:
+    """Samples and writes chunk by chunk: where the images are, the ledger, and the first images, uint8 [n, C, H, W].
+
+    None on all but the main process. Collective where several processes are at work: they take whole chunks in turn,
+    and the main one writes a turn while it holds no other.
+    """
+    network = sampler.denoiser.network
+    shape = pixels.shape(network.in_channels, network.image_size)
+    target = folder / ("images.npz" if layout == "npz" else "images")
+    chunks = len(sampler.chunks(start, start + count))
+    rank, processes = launch.rank(), launch.world_size()
+    own = len(range(rank, chunks, processes))
+    ledgers: list[LedgerData] = []
+    labels: list[Tensor] = []
+    shown: list[Tensor] = []
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(own * len(sampler.calls()), "sample", unit="calls"))
+        made = sample(
+            sampler,
+            count,
+            start=start,
+            rank=rank,
+            world_size=processes,
+            on_call=lambda _: progress.update(1),
+        )
+        npz = stack.enter_context(AdmWriter(target, count, shape)) if layout == "npz" and rank == 0 else None
+        pngs = PngFolder(target) if layout == "png" else None
+        for _ in range(0, chunks, processes):
+            mine = [replace(chunk, images=pixels(chunk.images)) for chunk in itertools.islice(made, 1)]
+            if pngs is not None:
+                for chunk in mine:
+                    pngs.write(chunk.images, start=int(chunk.index[0]))
+                # The main process needs no more of them than the grid shows.
+                mine = [replace(chunk, images=chunk.images[chunk.index < start + _SHOWN]) for chunk in mine]
+            turn = gather_chunks(mine)
+            for chunk in () if turn is None else turn.chunks:
+                if npz is not None:
+                    npz.write(chunk.images)
+                ledgers.append(chunk.ledger)
+                labels += [] if chunk.cond is None or chunk.cond.ndim != 1 else [chunk.cond]
+                missing = _SHOWN - sum(map(len, shown))
+                shown += [chunk.images[:missing]] if missing > 0 else []
+        if rank != 0:
+            return None
+        index = np.arange(start, start + count)
+        if npz is not None:
+            npz.array("index", index)
+            if labels:
+                npz.labels(torch.cat(labels))
+    if pngs is not None:
+        pngs.clear_others(range(start, start + count))
+    if pngs is not None and labels:
+        classes = torch.cat(labels).numpy()
+        atomic_write(folder / "labels.npz", lambda file: np.savez(file, index=index, arr_1=classes))
+    return target, LedgerData.merge(ledgers), torch.cat(shown)
 
 
 def _name(cfg: DictConfig) -> str:
@@ -93,6 +192,14 @@ def _name(cfg: DictConfig) -> str:
 
     plain = config.plain(cfg)
     keys = ("policy", "solver", "num_images", "start", "seed", "guidance", "s", "labels", "chunk", "ema", "precision")
-    text = json.dumps({key: plain[key] for key in keys}, sort_keys=True)
+    later = ("guidance_channels", "guidance_interval")  # absent from the names of folders made before they existed
+    named = {key: plain[key] for key in keys} | {key: plain[key] for key in later if plain[key] is not None}
+    text = json.dumps(named, sort_keys=True)
     policy = str(plain["policy"]["_target_"]).rsplit(".", 1)[-1]
     return f"{policy}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _in_sweep() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.initialized() and "MULTIRUN" in str(HydraConfig.get().mode)

@@ -5,7 +5,7 @@ Groups (backbone, policy, ...) are checked by the classes they name; these are t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +21,8 @@ class Train:
     name: str = "custom"
     seed: int = 0
     init: str | None = None
+    pretrain: str | None = None
+    pretrain_overrides: list[str] = field(default_factory=list)
     runs_dir: str = "runs"
     shrink: bool = False
     dry_run: bool = False
@@ -34,11 +36,17 @@ class Sample:
     seed: int = 0
     guidance: float | None = None
     s: float | None = None
+    guidance_channels: int | None = None
+    guidance_interval: list[float] | None = None
     labels: str = "uniform"
     chunk: int = 256
     ema: bool = True
     device: str = "auto"
     precision: str = "fp32"
+    compile: bool = False
+    format: str = "npz"
+    switches: bool = False
+    devices: int | None = None
     out: str | None = None
 
 
@@ -47,8 +55,10 @@ class Evaluate:
     run: str = MISSING
     data_path: str | None = None
     ema: bool = True
+    devices: int | None = None
     device: str = "auto"
     precision: str = "fp32"
+    compile: bool = False
     out: str | None = None
 
 
@@ -68,10 +78,17 @@ class Bench:
     repeats: int = 15
     warmup: int = 3
     training: bool = False
+    sampling: bool = False
+    batches: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
+    latency_repeats: int = 20
+    rounds: int = 5
+    features: bool = False
+    inception: str | None = None
     threads: int | None = None
     target: float = 0.85
     device: str = "auto"
     precision: str = "fp32"
+    compile: bool = False
     seed: int = 0
     shrink: bool = False
 
@@ -87,8 +104,58 @@ class Import:
 class Export:
     run: str = MISSING
     out: str | None = None
+    layout: str = "gearshift"
     ema: bool = True
     dtype: str = "fp32"
+
+
+@dataclass
+class ReferenceWeights:
+    inception: str | None = None
+    vgg16: str | None = None
+
+
+@dataclass
+class Reference:
+    extractor: Any = "inception"
+    split: str = "train"
+    out: str | None = None
+    read: str | None = None
+    keep: int = 10_000
+    device: str = "auto"
+    weights: ReferenceWeights = field(default_factory=ReferenceWeights)
+
+
+@dataclass
+class Encode:
+    out: str = MISSING
+    split: str = "train"
+    autoencoder: str | None = None
+    flips: bool = True
+    scale: float | None = None
+    shard: int = 4096
+    batch: int = 32
+    dtype: str = "fp16"
+    precision: str = "fp32"
+    devices: int | None = None
+    device: str = "auto"
+
+
+@dataclass
+class Compare:
+    paths: list[str] = field(default_factory=list)
+    name: list[str] | None = None
+    out: str | None = None
+
+
+@dataclass
+class Table:
+    paths: list[str] = MISSING
+    run: str | None = None
+    runs_dir: str = "runs"
+    out: str | None = None
+    train: list[str] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -105,6 +172,10 @@ SCHEMAS: dict[str, type] = {
     "import": Import,
     "export": Export,
     "list": List,
+    "reference": Reference,
+    "encode": Encode,
+    "compare": Compare,
+    "table": Table,
 }
 
 

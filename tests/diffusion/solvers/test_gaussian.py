@@ -64,6 +64,46 @@ ORDERS = {
         ),
         (1.7, 3.6),  # the corrector raises the order by up to one
     ),
+    "heun": (
+        lambda n: DiffusersSolver(
+            DiffusersConfig("HeunDiscreteScheduler", n, options={"use_exponential_sigmas": True})
+        ),
+        SECOND,
+    ),
+    "kdpm2": (
+        lambda n: DiffusersSolver(
+            DiffusersConfig("KDPM2DiscreteScheduler", n, options={"use_exponential_sigmas": True})
+        ),
+        SECOND,
+    ),
+    "dpm_single": (
+        lambda n: DiffusersSolver(
+            DiffusersConfig("DPMSolverSinglestepScheduler", n, options={"use_exponential_sigmas": True})
+        ),
+        SECOND,
+    ),
+    "edm_euler": (
+        lambda n: DiffusersSolver(DiffusersConfig("EDMEulerScheduler", n, "class", {"sigma_schedule": "exponential"})),
+        FIRST,
+    ),
+    "edm_euler_karras": (lambda n: DiffusersSolver(DiffusersConfig("EDMEulerScheduler", n, "class")), FIRST),
+    "edm_dpmpp": (
+        lambda n: DiffusersSolver(
+            DiffusersConfig("EDMDPMSolverMultistepScheduler", n, "class", {"sigma_schedule": "exponential"})
+        ),
+        SECOND,
+    ),
+    "edm_dpmpp_karras": (
+        lambda n: DiffusersSolver(DiffusersConfig("EDMDPMSolverMultistepScheduler", n, "class")),
+        SECOND,
+    ),
+    # Its only grids are uneven in log-SNR, so at these sizes it is not yet second order.
+    "deis": (lambda n: DiffusersSolver(DiffusersConfig("DEISMultistepScheduler", n)), (1.3, 2.6)),
+    "ipndm": (lambda n: DiffusersSolver(DiffusersConfig("IPNDMScheduler", n)), (1, 5)),
+    "lms": (
+        lambda n: DiffusersSolver(DiffusersConfig("LMSDiscreteScheduler", n, options={"use_exponential_sigmas": True})),
+        (1, 5),
+    ),
 }
 
 

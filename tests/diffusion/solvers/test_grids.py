@@ -31,6 +31,11 @@ MAKERS = {
     "diffusers_dpmpp": lambda n: DiffusersSolver(DiffusersConfig("DPMSolverMultistepScheduler", n)),
     "diffusers_euler": lambda n: DiffusersSolver(DiffusersConfig("EulerDiscreteScheduler", n)),
     "diffusers_unipc": lambda n: DiffusersSolver(DiffusersConfig("UniPCMultistepScheduler", n)),
+    "diffusers_single": lambda n: DiffusersSolver(DiffusersConfig("DPMSolverSinglestepScheduler", n)),
+    "diffusers_lms": lambda n: DiffusersSolver(DiffusersConfig("LMSDiscreteScheduler", n)),
+    "diffusers_edm_euler": lambda n: DiffusersSolver(DiffusersConfig("EDMEulerScheduler", n, "class")),
+    "diffusers_edm_dpmpp": lambda n: DiffusersSolver(DiffusersConfig("EDMDPMSolverMultistepScheduler", n, "class")),
+    "diffusers_ipndm": lambda n: DiffusersSolver(DiffusersConfig("IPNDMScheduler", n)),
 }
 
 
@@ -142,7 +147,7 @@ def test_euler_maruyama_needs_the_vp_sde(processes) -> None:
         (lambda: DPMpp2MConfig(history="some"), "'some'; known: computed"),
         (lambda: DPMpp2MConfig(spacing="trailing", to_data=False), "trailing"),
         (lambda: EulerMaruyamaConfig(t_end=0.0), "t_end=0.0"),
-        (lambda: DiffusersConfig("NoScheduler"), "'NoScheduler'; known: DPMSolver"),
+        (lambda: DiffusersConfig("NoScheduler"), "'NoScheduler'; known: .*DPMSolver"),
         (lambda: DiffusersConfig("DDIMScheduler", spacing="linspace"), "linspace.*solver=ddim"),
         (lambda: DiffusersConfig("UniPCMultistepScheduler", spacing="inclusive"), "UniPC.*inclusive"),
     ],

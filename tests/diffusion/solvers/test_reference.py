@@ -120,7 +120,7 @@ def test_library_ddim_is_wrong_on_linspace(steps, toy, noise) -> None:
 
 @library_warns
 @pytest.mark.parametrize("steps", STEPS)
-def test_library_ddpm_matches_on_linspace_only(steps, toy, noise, step_noise, monkeypatch) -> None:
+def test_library_ddpm_matches_on_linspace_only(steps, processes, toy, noise, step_noise, run, monkeypatch) -> None:
     from diffusers.schedulers import DDPMScheduler, scheduling_ddpm
 
     position = iter(range(10**6))
@@ -137,6 +137,9 @@ def test_library_ddpm_matches_on_linspace_only(steps, toy, noise, step_noise, mo
         return x
 
     reference = reference_ddpm(toy, noise, every_nth(steps), step_noise)
-    assert apart(sample("linspace"), reference) < 1e-4
+    theirs = sample("linspace")
+    assert apart(theirs, reference) < 1e-4
+    ours = run(DDPM(DDPMConfig(steps)), processes["linear"], noise, lambda x, call: toy(x, call.training_index))
+    assert apart(theirs, ours) < 1e-4
     position = iter(range(10**6))
     assert apart(sample("leading"), reference) > 0.01

@@ -3,9 +3,10 @@
 from gearshift.diffusion.solvers.base import Call, Solver, State
 from gearshift.diffusion.solvers.ddim import DDIM, DDIMConfig
 from gearshift.diffusion.solvers.ddpm import DDPM, DDPMConfig
-from gearshift.diffusion.solvers.diffusers import DiffusersConfig, DiffusersSolver
+from gearshift.diffusion.solvers.diffusers import DiffusersSolver
 from gearshift.diffusion.solvers.dpmpp_2m import DPMpp2M, DPMpp2MConfig
 from gearshift.diffusion.solvers.euler_maruyama import EulerMaruyama, EulerMaruyamaConfig
+from gearshift.diffusion.solvers.scheduler_build import DiffusersConfig
 
 __all__ = [
     "DDIM",

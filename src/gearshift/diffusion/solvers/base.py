@@ -70,11 +70,13 @@ class Solver(ABC):
     Attributes:
         name: what messages and tables call it.
         stochastic: whether some call needs fresh noise.
+        restart_at_switch: whether a change of depth starts the history again; without it ``advance`` need not be told.
     """
 
     Config: ClassVar[type[Any]]
     name: str
     stochastic: bool = False
+    restart_at_switch: bool = False
 
     @abstractmethod
     def check(self, process: Process) -> None:
@@ -89,6 +91,10 @@ class Solver(ABC):
         self, state: State, call: Call, eps: Tensor, variance: Tensor | None, noise: Tensor | None, fresh: bool | Tensor
     ) -> tuple[Tensor, Mapping[str, Any]]:
         """The next x and history; arguments are as for :meth:`advance`, checked, in fp32."""
+
+    def _restarted(self, state: State, switched: bool | Tensor) -> State:
+        """``state`` as if nothing had gone before, for the samples in ``switched``: one flag, or one per sample [B]."""
+        raise NotImplementedError(f"{self.name} sets restart_at_switch, so it must say how its history starts again")
 
     def begin(self, process: Process, noise: Tensor) -> State:
         """State before the first call, from standard normal ``noise`` [B, C, H, W]."""
@@ -108,6 +114,7 @@ class Solver(ABC):
         variance: Tensor | None = None,
         noise: Tensor | None = None,
         fresh: bool | Tensor = True,
+        switched: bool | Tensor = False,
     ) -> State:
         """Use a noise prediction.
 
@@ -119,6 +126,8 @@ class Solver(ABC):
             noise: standard normal [B, C, H, W]; needed where ``call.needs_noise``.
             fresh: whether ``eps`` was computed at this call or is an earlier one reused; one flag, or one per sample
                 [B].
+            switched: whether ``eps`` comes from another depth (or other blocks dropped) than the last computed one;
+                one flag, or one per sample [B]. Makes a difference only under ``restart_at_switch``.
 
         Raises:
             ValueError: wrong call, wrong shape, or no noise where it is needed.
@@ -133,6 +142,9 @@ class Solver(ABC):
                 )
         if call.needs_noise and noise is None:
             raise ValueError(f"{self.name}: call {call.position} draws noise, but none was given")
+        if self.restart_at_switch and switched is not False:
+            # An earlier prediction used again has switched nothing, whatever the plan says.
+            state = self._restarted(state, switched & fresh)
         x, history = self._step(
             state,
             call,

@@ -9,13 +9,17 @@ therefore starts again from the last computed point b of its sample: what a samp
 on the grid of its own computed points, with their true spacing (the first call always counts as computed). Under
 ``history="all"`` the reused noise is turned into a data prediction at the current point, which enters the history
 like any other, as it happens when a scheduler is not told.
+
+Where predictions come from changing depths, D - P also holds the difference between two networks. Under
+``restart_at_switch`` the step of a call at a new depth leaves P out, as if the run began there: first order, and second
+again from the next call on.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +51,7 @@ class DPMpp2MConfig:
         lower_order_final: below 15 steps, make the last step first order.
         history: ``computed`` or ``all``, see the module.
         clip_x0: hold data predictions in [-1, 1].
+        restart_at_switch: start the history again where the depth changes.
     """
 
     steps: int = 25
@@ -56,6 +61,7 @@ class DPMpp2MConfig:
     lower_order_final: bool = True
     history: str = "computed"
     clip_x0: bool = False
+    restart_at_switch: bool = False
 
     def __post_init__(self) -> None:
         check_choice("solver 'dpmpp_2m'", "spacing", self.spacing, SPACINGS)
@@ -75,6 +81,7 @@ class DPMpp2M(Solver):
 
     def __init__(self, config: DPMpp2MConfig) -> None:
         self.config = config
+        self.restart_at_switch = config.restart_at_switch
 
     def check(self, process: Process) -> None:
         check_steps(self.name, self.config.steps, process)
@@ -98,6 +105,14 @@ class DPMpp2M(Solver):
         if config.to_data or (config.lower_order_final and steps < FEW_STEPS):
             orders[-1] = 1
         return make_calls(process, times, end, orders=orders)
+
+    def _restarted(self, state: State, switched: bool | Tensor) -> State:
+        if not state.history:
+            return state
+        # A sample that switched has a fresh prediction, so this level is only looked at as the one before: at -inf,
+        # the slope counts for nothing.
+        level = _choose(switched, -math.inf, state.history["level"])
+        return replace(state, history={**state.history, "level": level})
 
     def _step(
         self, state: State, call: Call, eps: Tensor, variance: Tensor | None, noise: Tensor | None, fresh: bool | Tensor

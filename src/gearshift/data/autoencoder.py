@@ -1,0 +1,227 @@
+"""The autoencoder of latent diffusion: images to a Gaussian over latents, and latents back to images.
+
+Weights are those of `diffusers`' AutoencoderKL. They are looked for in a folder that was named, in the folder that
+$GEARSHIFT_AUTOENCODER names, or in the cache of the Hugging Face hub, and never fetched: what is missing is said with
+the line that fetches it. The fine-tuned decoders of Stable Diffusion share one encoder, so encoder and decoder have
+fingerprints of their own: latents may be decoded by either, and which one is part of a FID.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gearshift.data.pixels import to_pm1, to_u8
+from gearshift.runtime.errors import RunError, UsageError
+
+VARIABLE = "GEARSHIFT_AUTOENCODER"
+CHOICES = {"sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema", "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse"}
+DEFAULT = "sd-vae-ft-ema"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+# Latents decoded at a time. Fixed, so that the bits of an image depend on its place in a chunk of sampling and on
+# nothing else; 8 images of 512 px take about 5 GB.
+DECODE_CHUNK = 8
+
+
+def locate_autoencoder(named: str | None = None) -> tuple[str, Path]:
+    """What to call it and the folder with its two files. `named` is one of `CHOICES` (looked up in the hub's cache), a
+    folder, or None for $GEARSHIFT_AUTOENCODER and then the default choice.
+
+    Raises UsageError saying what is missing and how to fetch it.
+    """
+    variable = os.environ.get(VARIABLE)
+    said = f"autoencoder={named}"
+    if named is None and variable:
+        named, said = variable, f"{VARIABLE}={variable}"
+    elif named is None:
+        named, said = DEFAULT, f"autoencoder=null (no {VARIABLE}, so {DEFAULT})"
+    choice = next((name for name, hub in CHOICES.items() if named in (name, hub)), None)
+    if choice is not None:
+        found = _cached(CHOICES[choice])
+        if found is None:
+            raise UsageError(
+                f"{said} is not in the cache of the hub; fetch it with `{_fetch(choice)}`, or name a folder with "
+                f"{CONFIG} and {WEIGHTS} (autoencoder=FOLDER or {VARIABLE}=FOLDER)"
+            )
+        return choice, found
+    folder = Path(named).expanduser()
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        state = f"has no {' and no '.join(missing)}" if folder.is_dir() else "is not a folder"
+        raise UsageError(
+            f"{said} {state}; name a folder with {CONFIG} and {WEIGHTS}, or one of {', '.join(CHOICES)} "
+            f"(fetched with `{_fetch(DEFAULT)}`)"
+        )
+    return str(folder.resolve()), folder
+
+
+def _fetch(choice: str) -> str:
+    return f"hf download {CHOICES[choice]} {CONFIG} {WEIGHTS}"
+
+
+def _cached(repository: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    places = [try_to_load_from_cache(repository, name) for name in (CONFIG, WEIGHTS)]
+    # A file known to be absent is a marker object and one never asked for is None.
+    return Path(places[0]).parent if all(isinstance(place, str) for place in places) else None  # type: ignore[arg-type]
+
+
+class Autoencoder:
+    """AutoencoderKL with its scale: latents are scaled by `scale` for the diffusion model, and divided by it to decode.
+
+    Attributes:
+        name: a choice or a folder.
+        channels: of images (taken and given back).
+        latent_channels: of latents.
+        factor: image pixels per latent pixel, along one side.
+        scale: 0.18215 for the autoencoders of Stable Diffusion.
+        encoder, decoder: 16 hex digits over the weights of either half and how it is built.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        *,
+        scale: float | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`network` is an AutoencoderKL in float32; `scale` replaces its own; it computes in `dtype`.
+
+        Raises UsageError for an autoencoder whose latents are not mean times scale.
+        """
+        config: Any = network.config
+        if config.shift_factor is not None or config.latents_mean is not None:
+            raise UsageError(
+                f"autoencoder {name} shifts its latents and not only scales them; use {' or '.join(CHOICES)}"
+            )
+        self.name = name
+        self.scale = float(config.scaling_factor if scale is None else scale)
+        self.channels = int(config.in_channels)
+        self.latent_channels = int(config.latent_channels)
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.encoder = _fingerprint(network, ("encoder.", "quant_conv."))
+        self.decoder = _fingerprint(network, ("decoder.", "post_quant_conv."))
+        self._dtype = dtype
+        # torch's own method: that of diffusers warns of a casting that leaves nothing out here.
+        self._network: Any = nn.Module.to(network, device=device, dtype=dtype).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, named: str | None = None, **settings: Any) -> Autoencoder:
+        """The autoencoder `named` as in `locate_autoencoder`; `settings` as of the class.
+
+        Raises UsageError when it cannot be found and RunError when its files do not make an AutoencoderKL.
+        """
+        name, folder = locate_autoencoder(named)
+        return cls(_read(folder), name, **settings)
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = next(self._network.parameters()).device
+        return found
+
+    def latent_size(self, image_size: int) -> int:
+        """Side of the latents of images of this side. Raises UsageError where it is not whole."""
+        if image_size % self.factor:
+            raise UsageError(
+                f"images of {image_size} pixels do not divide into latents of {self.factor} pixels each; "
+                f"choose a size that is a multiple of {self.factor}"
+            )
+        return image_size // self.factor
+
+    def moments(self, images_u8: Tensor) -> Tensor:
+        """uint8 [N, C or 1, H, W] -> float32 [N, 2c, h, w]: mean, then log-variance within [-30, 20], not scaled.
+
+        Grey images are given to all channels.
+        """
+        images = to_pm1(images_u8.to(self.device)).expand(-1, self.channels, -1, -1)
+        with torch.no_grad():
+            posterior = self._network.encode(images.to(self._dtype)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [N, c, h, w] -> images float32 [N, C, H, W], about [-1, 1] and not clipped to it."""
+        with torch.no_grad():
+            images: Tensor = self._network.decode((latents.to(self.device) / self.scale).to(self._dtype)).sample
+        return images.float()
+
+    def decode_macs(self, latent_size: int) -> int:
+        """Multiply-accumulates of decoding one latent: convolutions, linear layers and attention products.
+
+        They are the autoencoder's, are spent once per image under any policy, and are listed apart from the network's.
+        """
+        from diffusers import AutoencoderKL
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.device("meta"), torch.no_grad():
+            twin: Any = AutoencoderKL.from_config(self._network.config)
+            with FlopCounterMode(display=False) as counter:
+                twin.decode(torch.empty(1, self.latent_channels, latent_size, latent_size))
+        return int(counter.get_total_flops()) // 2
+
+    def describe(self) -> str:
+        """For protocols."""
+        return f"{Path(self.name).name}[decoder {self.decoder[:8]}], latents / {self.scale:g}"
+
+
+def decode(latents: Tensor, autoencoder: Autoencoder, chunk: int = DECODE_CHUNK) -> Tensor:
+    """Scaled latents [N, c, h, w] -> uint8 images [N, C, H, W] on the device of the latents, `chunk` at a time."""
+    parts = [to_u8(autoencoder.decode(part)).to(latents.device) for part in latents.split(chunk)]
+    return torch.cat(parts)
+
+
+def _read(folder: Path) -> nn.Module:
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+
+    try:
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"{folder / CONFIG} is not readable ({error}); fetch it again") from error
+    if kind != "AutoencoderKL":
+        raise UsageError(f"{folder / CONFIG} describes {kind}, not an AutoencoderKL; use {' or '.join(CHOICES)}")
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would say of missing weights is refused below, in one line
+    try:
+        network, found = AutoencoderKL.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, diffusers and torch have no common base for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{folder / WEIGHTS} does not fit {CONFIG} or is damaged ({reason}); fetch it again") from error
+    finally:
+        logging.set_verbosity(before)
+    odd = [*found["missing_keys"], *found["unexpected_keys"], *map(str, found["mismatched_keys"])]
+    if odd:
+        raise RunError(
+            f"{folder / WEIGHTS} does not fit {CONFIG}: {len(odd)} weights are missing or foreign, e.g. {odd[0]}; "
+            "fetch both again"
+        )
+    made: nn.Module = network
+    return made
+
+
+def _fingerprint(network: nn.Module, prefixes: tuple[str, ...]) -> str:
+    config: Any = network.config
+    # Whatever changes the function besides the weights; not what it was saved by or recommended for.
+    ignored = ("sample_size", "scaling_factor", "force_upcast", "latents_mean", "latents_std")
+    built = {key: value for key, value in config.items() if not key.startswith("_") and key not in ignored}
+    digest = hashlib.sha256(json.dumps(built, sort_keys=True, default=str).encode())
+    for name, value in sorted(network.state_dict().items()):
+        if name.startswith(prefixes):
+            digest.update(f"{name}|{tuple(value.shape)}|".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

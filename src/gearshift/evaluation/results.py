@@ -1,0 +1,125 @@
+"""An evaluation as one dict: what metrics.json holds and tables, reports and comparisons are made from.
+
+Two runs of one evaluation, on any number of processes, differ in `TIMING_ROWS` and `TIMING` only.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gearshift.evaluation.classifier import Classifier
+from gearshift.evaluation.conditions import conditions, versions
+from gearshift.evaluation.evaluate import Evaluator
+from gearshift.evaluation.paired import PSNR_PROTOCOL, ssim_protocol
+from gearshift.evaluation.report import Pictures
+from gearshift.evaluation.settings import EvaluationConfig
+from gearshift.evaluation.throughput import BUSY
+from gearshift.evaluation.weights import Unavailable
+
+FORMAT = 2
+TIMING_ROWS = ("images_per_s", "speedup", "time_saved", "saving_realised", "seconds_spread", "speed")
+"""Entries of a row that are measured with a clock."""
+TIMING = ("conditions", "scaling", "timing_warnings", "command")
+"""Entries of the whole that say how and when it was run."""
+
+
+def results(
+    evaluator: Evaluator,
+    run: str,
+    dtype: torch.dtype,
+    classifier: Classifier | None,
+    overrides: Sequence[str] = (),
+    *,
+    ema: bool = True,
+) -> dict[str, Any]:
+    """The dict, ready for JSON; `overrides` are those of the command line, `ema` whether weights are the averaged
+    ones."""
+    s = evaluator.settings
+    some = next(iter(evaluator.rows.values()))
+    data = evaluator.reference
+    labels = some.row.sampler.cond(torch.zeros(1, dtype=torch.int64, device=some.row.sampler.device))
+    protocol: dict[str, Any] = {
+        "images": f"{s.num_images}, indices {s.start}..{s.stop - 1}"
+        + (f" in {s.repeats} disjoint repeats of {s.num_images}, mean and sd over them" if s.repeats > 1 else ""),
+        "seed": s.seed,
+        "chunk": s.chunk,
+        "labels": "none" if labels is None else s.labels,
+        "guidance": _guidance(s),
+        "ema": ema,
+        "weights": f"sha256 {evaluator.weights[:16]}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "data": data.provenance,
+        "rounding": "uint8, to nearest, before every comparison",
+        "macs": "multiply-accumulates per image over all calls, guidance branches and heads; flops = 2 macs",
+        "ssim": ssim_protocol(data.image_size),
+        "psnr": PSNR_PROTOCOL,
+    }
+    if (decoded := evaluator.to_pixels.describe()) is not None:
+        size = some.row.sampler.denoiser.network.image_size
+        protocol["decoding"] = f"{decoded}; {evaluator.to_pixels.macs(size):,} MACs per image, not among the macs"
+    if classifier is not None:
+        protocol["classifier"] = classifier.describe()
+    protocol |= evaluator.instruments.protocols(s, list(evaluator.distances().values()))
+    warnings = [line for metric, _ in evaluator.distances().values() if (line := metric.note(s.num_images))]
+    if s.min_images is not None:
+        warnings.append(
+            f"evaluation.min_images={s.min_images} replaces the metrics' own least numbers: a trial, not a measurement"
+        )
+    timing_warnings = []
+    if evaluator.others is not None and evaluator.others > BUSY:
+        timing_warnings.append(
+            f"other processes used {evaluator.others:.0%} of the CPU time while times were taken; "
+            "measure again on a quiet machine before quoting a speed"
+        )
+    measured = {
+        **conditions(evaluator.device, dtype, some.row.sampler.denoiser.network),
+        "batch": s.timing_images,
+        "rounds": f"{s.timing_rounds}, interleaved, one warm-up; medians, ratios within rounds",
+        "batch_policy": "rows that leave are packed out",
+        "other_processes": None if evaluator.others is None else f"{evaluator.others:.1%} of CPU time",
+    }
+    unavailable = [missing.as_row() for missing in evaluator.instruments.unavailable]
+    if labels is None and "label_agreement" in s.metrics and all(m["name"] != "label_agreement" for m in unavailable):
+        unavailable.append(Unavailable("label_agreement", "the network takes no labels to agree with", "").as_row())
+    out: dict[str, Any] = {
+        "format": FORMAT,
+        "run": run,
+        "name": s.name,
+        "protocol": protocol,
+        "conditions": measured if s.timing_images else {},
+        "rows": [done.numbers for done in evaluator.rows.values()],
+        "warnings": warnings,
+        "timing_warnings": timing_warnings,
+        "unavailable": unavailable,
+        "command": shlex.join(["gearshift", "evaluate", *overrides]),
+        "versions": versions(),
+    }
+    if evaluator.scaling is not None:
+        out["scaling"] = evaluator.scaling
+    return out
+
+
+def _guidance(s: EvaluationConfig) -> str:
+    text = f"w = {s.guidance:g}"
+    if s.guidance == 1:
+        return f"{text} (off)"
+    if s.guidance_channels is not None:
+        text += f" on the first {s.guidance_channels} channels"
+    if s.guidance_interval is not None:
+        text += f" at log-SNR {s.guidance_interval[0]:g} to {s.guidance_interval[1]:g}"
+    return text
+
+
+def pictures(evaluator: Evaluator) -> Pictures:
+    """What the report draws."""
+    rows = evaluator.rows
+    return Pictures(
+        samples={name: done.images for name, done in rows.items()},
+        depths={name: done.ledger.depth.reshape(len(done.ledger.depth), -1) for name, done in rows.items()},
+        per_image={name: done.per_image for name, done in rows.items()},
+        full_of={name: done.row.full for name, done in rows.items()},
+    )
