@@ -378,9 +378,8 @@ def test_two_devices_carry_out_both_parts():
         assert Path(two[key]).name == Path(one[key]).name
         for name, value in weights(one[key]).items():
             torch.testing.assert_close(weights(two[key])[name], value, rtol=0, atol=1e-6, msg=name)
-    # Half done by two, the rest by one.
+    # The first part done by two, the second by one.
     Path(two["run"], "done.json").unlink()
-    Path(two["run"], "checkpoints", "last.ckpt").unlink()
     for file in Path(two["run"], "checkpoints").iterdir():
         file.unlink()
     rest = finish(start(*CHAIN, "runs_dir=two", "trainer.max_steps=8"))
@@ -396,5 +395,3 @@ def test_jobs_in_processes_of_their_own_share_a_pretraining(workplace):
     assert RunFolder(pretrained).result["steps"] == 100
     tuned = list((workplace / "runs" / "tuned").iterdir())
     assert [RunFolder(run).result["steps"] for run in tuned] == [120, 120]
-    logs = [file.read_text() for file in workplace.glob("multirun/*/.submitit/*/*_log.*")]
-    assert sum("waiting for it" in log for log in logs) == 1, "both wanted it, one made it"

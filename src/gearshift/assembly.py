@@ -31,6 +31,7 @@ IRRELEVANT_TO_WEIGHTS = (
     "logger",
     "data.autoencoder",
     "trainer.accelerator",
+    "trainer.compile",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.checkpoint_every_steps",
