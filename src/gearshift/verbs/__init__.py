@@ -24,6 +24,7 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "gearshift train experiment=digits",
             "gearshift train experiment=cifar10_tiny data.path=DIR trainer.max_steps=2000",
             "gearshift train experiment=digits --dry-run",
+            "gearshift train experiment=ase/digits",
             "gearshift train -m experiment=digits seed=1,2",
             "gearshift train experiment=deediff/cifar10 trainer=gpu trainer.devices=4",
             "gearshift train experiment=digits +debug=tiny",
