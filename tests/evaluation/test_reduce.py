@@ -69,8 +69,8 @@ def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        with pytest.raises(ValueError), all_cores():
-            raise ValueError
+        with pytest.raises(ValueError, match="inside"), all_cores():
+            raise ValueError("inside")
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
