@@ -91,7 +91,7 @@ def test_the_answer_and_the_manifest(configured, autoencoder_folder, pictures, m
     answer = verb.run(cfg)
     manifest = read_manifest(Path(cfg.out), "out")
     shards = (Path(cfg.out) / SHARDS).glob("*.npy")
-    assert answer.pop("seconds") > 0
+    assert answer.pop("seconds") >= 0
     assert answer == {
         "latents": cfg.out,
         "count": COUNT,
