@@ -145,6 +145,15 @@ def test_load_from_python(trained):
     assert half.ledger.macs_saved > 0.3
 
 
+def test_what_cannot_be_measured_is_said_before_anything_is_sampled(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEARSHIFT_ALEXNET", str(tmp_path / "absent.pth"))
+    settings = ["num_images=2", "chunk=2", "timing_images=0", "metrics=[lpips]", "solvers.ddim.steps=2"]
+    settings = ["evaluation=base", *(f"evaluation.{setting}" for setting in settings), f"out={tmp_path}/out"]
+    assert cli.run(["evaluate", f"run={trained}", "device=cpu", *settings]) == 0
+    said = capsys.readouterr().err
+    assert said.index("left out: lpips_alex_to_full") < said.index("full: 0/2 calls")
+
+
 def test_evaluate_writes_a_report(trained, capsys):
     settings = [
         "num_images=12",
@@ -219,6 +228,7 @@ def test_list_names_what_there_is(capsys):
     ("arguments", "quoted"),
     [
         (["trian"], ["'trian'", "train"]),
+        (["table"], ["no table", "experiments/"]),
         (["train", "--dryrun"], ["--dryrun", "--dry-run"]),
         (["train", "experiment=digits", "--cfg", "jobs"], ["jobs", "job"]),
         (["train", "experiment=digit"], ["experiment/digit", "digits"]),

@@ -192,3 +192,12 @@ def test_kept_features_must_belong_to_the_moments(tmp_path):
         save_reference(tmp_path / "x.npz", {"features": Statistics(good.mean, good.covariance, 40, kept, ABOUT)})
         with pytest.raises(RunError, match="kept features of 'features'"):
             load_reference(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("content", [b"# a page of text\n", b"\x80\x04K\x01.", b""])
+def test_a_file_that_is_no_archive_is_refused_without_advice_to_unpickle_it(tmp_path, content):
+    file = tmp_path / "page.npz"
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=r"no \.npz archive does") as refused:
+        load_reference(file)
+    assert "pickle" not in str(refused.value)

@@ -135,6 +135,11 @@ def load_reference(path: str | Path, *, extractor: FeatureExtractor | None = Non
 
 
 def _archive(handle: Any) -> AbstractContextManager[Any]:
+    start = handle.read(6)
+    handle.seek(0)
+    # Of anything else NumPy believes that it is a pickle, and advises to load it unsafely.
+    if start[:2] != b"PK" and start != b"\x93NUMPY":
+        raise ValueError(f"it begins with {start!r}, which no .npz archive does")
     loaded = np.load(handle, allow_pickle=False)
     if not hasattr(loaded, "files"):
         raise ValueError("one bare array instead of an .npz archive")

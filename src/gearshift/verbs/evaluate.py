@@ -17,7 +17,7 @@ from gearshift.data.latents import pixels_behind
 from gearshift.runtime import config, launch, peers
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import slug
-from gearshift.runtime.progress import Progress
+from gearshift.runtime.progress import Progress, note
 from gearshift.runtime.run import RunFolder
 
 
@@ -56,6 +56,8 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         peers.meet()
         classifier = _classifier(settings, data, split, device)
         instruments = Instruments.prepare(settings, split, classifier, device)
+        for missing in instruments.unavailable:  # before hours of sampling, and again at the end
+            note(f"left out: {missing.name} ({missing.reason})")
         evaluator = Evaluator(settings, make, instruments, split, device, folder, loaded.to_pixels())
         evaluator.run()
         if not launch.is_main():

@@ -150,7 +150,7 @@ class Compare:
 
 @dataclass
 class Table:
-    paths: list[str] = MISSING
+    paths: list[str] = field(default_factory=list)
     run: str | None = None
     runs_dir: str = "runs"
     out: str | None = None
