@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from gearshift.backbones.base import Backbone
 from gearshift.backbones.dit import DiT, DiTConfig
 from gearshift.backbones.exits import EarlyExit, ExitsConfig
+from gearshift.backbones.ldm_unet import LdmUNet, LdmUNetConfig
+from gearshift.backbones.separate import SeparateConfig, SeparateNetworks
+from gearshift.backbones.unet import UNet
+from gearshift.backbones.unet_config import UNetConfig
 from gearshift.backbones.uvit import UViT, UViTConfig
+from gearshift.backbones.uvit_decoders import MultiDecoderUViT, MultiDecoderUViTConfig
 from gearshift.execution.cost import CostTable
 from gearshift.execution.executor import execute
 from gearshift.execution.exits import ExitView
@@ -50,6 +55,33 @@ def _dit(**settings: Any) -> Backbone:
     return DiT(DiTConfig(**sizes, **settings))
 
 
+def _separate() -> Backbone:
+    networks = [_uvit(num_classes=3, null_class=True), _dit(num_classes=3, null_class=True, learned_variance=False)]
+    return SeparateNetworks(SeparateConfig(networks, (1.0,)))
+
+
+def _ldm(**settings: Any) -> Backbone:
+    sizes = dict(image_size=8, in_channels=2, model_channels=8, channel_mult=(1, 2), num_res_blocks=1)
+    return LdmUNet(LdmUNetConfig(**sizes, attention_downsamplings=(2,), head_dim=4, num_groups=4, **settings))
+
+
+def _unet(**settings: Any) -> Backbone:
+    sizes = dict(image_size=8, in_channels=2, model_channels=8, channel_mult=(1, 2), num_blocks=1)
+    return UNet(UNetConfig(**sizes, attention_resolutions=(4,), **settings))
+
+
+def _pyramid(**settings: Any) -> Backbone:
+    """Three levels, so that the pyramid is carried."""
+    sizes = dict(image_size=8, in_channels=2, model_channels=8, channel_mult=(1, 1, 2), num_blocks=1)
+    style = dict(attention_resolutions=(4,), encoder="residual", resample_filter=(1, 3, 3, 1))
+    return UNet(UNetConfig(**sizes, **style, **settings))
+
+
+def _uvit_decoders() -> Backbone:
+    sizes = dict(image_size=8, in_channels=2, patch_size=2, embed_dim=16, depth=4, num_heads=2)
+    return MultiDecoderUViT(MultiDecoderUViTConfig(**sizes, decoders=(24, 16, 8), boundaries=(1.0, 5.0)))
+
+
 def _with_exits(backbone: Backbone, **config: Any) -> Backbone:
     return EarlyExit(ExitsConfig(**config), backbone)
 
@@ -62,6 +94,14 @@ CASES = [
     Case("uvit-text", lambda: _uvit(context_dim=5, context_tokens=3, mlp_time_embed=True)),
     Case("dit-class", lambda: _dit(num_classes=3, null_class=True)),
     Case("dit-none", lambda: _dit(learned_variance=False)),
+    Case("separate", _separate),
+    Case("ldm-class", lambda: _ldm(num_classes=3, null_class=True)),
+    Case("ldm-decoders", lambda: _ldm(decoders=(12, 4), decoder_attention=(True, False), boundaries=(2.0,))),
+    Case("uvit-decoders", _uvit_decoders),
+    Case("unet-class", lambda: _unet(num_classes=3, null_class=True, num_heads=2)),
+    Case("unet-pyramid", lambda: _pyramid(embedding="fourier")),
+    Case("unet-decoders", lambda: _unet(decoders=(12, 8, 4), boundaries=(1.0, 5.0), augment_dim=9)),
+    Case("unet-shared-middle", lambda: _pyramid(decoders=(12, 4), boundaries=(2.0,), middle="shared")),
     Case("exits-isotropic", lambda: _with_exits(Isotropic(), head="per_exit")),
     Case("exits-uvit", lambda: _with_exits(_uvit(), uncertainty="token_mean", time_embed="concat", depths=[2, 4])),
     Case("exits-dit", lambda: _with_exits(_dit(num_classes=3), head="per_exit", time_embed="concat")),
@@ -160,18 +200,20 @@ def plain_loop(
     backbone = subject.backbone
     index = torch.arange(subject.rows) if index is None else index
     cond = None if subject.cond is None else subject.cond[index]
-    stream = backbone.embed(subject.x[index], subject.time[index], cond)
-    hidden, skips = stream.hidden, []
+    stream = backbone.enter(backbone.embed(subject.x[index], subject.time[index], cond), subject.path)
+    hidden, skips, signals = stream.hidden, [skip.hidden for skip in stream.skips], stream.cond
     depth = len(subject.blocks) if depth is None else depth
     for block in subject.blocks[:depth]:
         skip = skips.pop() if block in backbone.pops else None
         if block in bypass:
-            hidden = backbone.bypass(block, hidden, stream.cond, skip)
+            hidden = backbone.bypass(block, hidden, signals, skip)
         else:
-            hidden = backbone.blocks[block](hidden, stream.cond, skip, NO_SLOT)
+            hidden = backbone.blocks[block](hidden, signals, skip, NO_SLOT)
         if block in backbone.pushes:
             skips.append(hidden)
-    return backbone.readout(hidden, stream.cond, depth, subject.path)
+        if block in backbone.carries:
+            signals = {**signals, backbone.carries[block]: hidden}
+    return backbone.readout(hidden, signals, depth, subject.path)
 
 
 @dataclass(frozen=True)

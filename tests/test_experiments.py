@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from gearshift import cli
-from gearshift.assembly import build_data, build_denoiser, build_objective
+from gearshift.assembly import build_augment, build_data, build_denoiser, build_objective, give_null_context
 from gearshift.data.latent_files import Manifest, write_manifest, write_shard
+from gearshift.data.text_files import text_arrays, write_null
 from gearshift.execution.cost import CostTable
 from gearshift.runtime import config
 from gearshift.runtime.paths import conf_dir
@@ -76,6 +77,65 @@ def latents(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def vq_latents(tmp_path_factory):
+    """A folder like that of CelebA-HQ's latents of a VQ first stage, with a few made ones."""
+    folder = tmp_path_factory.mktemp("vq")
+    draw = np.random.default_rng(0)
+    arrays = {"latents": draw.normal(size=(4, 1, 3, 64, 64)).astype(np.float16), "indices": np.arange(4)}
+    shard = write_shard(folder, 0, arrays)
+    made = Manifest(
+        count=4,
+        shard=4,
+        orientations=1,
+        dtype="fp16",
+        channels=3,
+        latent_size=64,
+        image_size=256,
+        scale=1.0,
+        num_classes=None,
+        class_names=(),
+        data={"name": "faces", "split": "train", "provenance": "made", "digest": "d"},
+        source={"_target_": "gearshift.data.imagefolder.ImageFolder"},
+        autoencoder={"name": "vq", "encoder": "e", "decoder": "d"},
+        shards=(shard,),
+        gaussian=False,
+    )
+    write_manifest(folder, made)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A folder like that of MS-COCO's latents with text features of CLIP ViT-L/14, with a few made ones."""
+    folder = tmp_path_factory.mktemp("captioned")
+    draw = np.random.default_rng(0)
+    texts = [["one"], ["two", "another two"], ["three"], ["four"]]
+    features = draw.normal(size=(5, 77, 768)).astype(np.float16)
+    arrays = {"moments": draw.normal(size=(4, 1, 8, 32, 32)).astype(np.float16), "indices": np.arange(4)}
+    shard = write_shard(folder, 0, {**arrays, **text_arrays(features, texts)})
+    null = write_null(folder, features[0] / 2)
+    made = Manifest(
+        count=4,
+        shard=4,
+        orientations=1,
+        dtype="fp16",
+        channels=4,
+        latent_size=32,
+        image_size=256,
+        scale=0.2301,
+        num_classes=None,
+        class_names=(),
+        data={"name": "coco2014", "split": "train", "provenance": "made", "digest": "d"},
+        source={"_target_": "gearshift.data.coco.Coco"},
+        autoencoder={"name": "vae", "encoder": "e", "decoder": "d"},
+        shards=(shard,),
+        text={"encoder": "clip", "fingerprint": "f", "length": 77, "width": 768, "captions": 5, "null": null},
+    )
+    write_manifest(folder, made)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     """A folder like CelebA's aligned images."""
     folder = tmp_path_factory.mktemp("faces")
@@ -87,12 +147,17 @@ def faces(tmp_path_factory):
 
 
 @pytest.fixture
-def data_of(photographs, latents, faces):
+def data_of(photographs, latents, vq_latents, captioned, faces):
     """The override that says where the data of an experiment are; none for data that come along."""
     places = {"Cifar10": photographs, "Latents": latents, "ImageFolder": faces}
 
     def override(name):
-        target = composed("train", f"experiment={name}").data._target_.rpartition(".")[2]
+        cfg = composed("train", f"experiment={name}")
+        if cfg.backbone.get("context_dim"):
+            return [f"data.path={captioned}"]
+        if "Ldm" in cfg.backbone._target_:
+            return [f"data.path={vq_latents}"]
+        target = cfg.data._target_.rpartition(".")[2]
         return [f"data.path={places[target]}"] if target in places else []
 
     return override
@@ -104,8 +169,10 @@ def test_an_experiment_composes_and_builds_at_full_size(name, data_of):
     config.validate(cfg)
     with torch.device("meta"):
         denoiser = build_denoiser(cfg)
+    data = build_data(cfg, denoiser.network)
+    give_null_context(denoiser.network, data)
     build_objective(cfg, denoiser.network)
-    build_data(cfg, denoiser.network)
+    build_augment(cfg, denoiser.network, data)
     assert CostTable.measure(denoiser.network).full(denoiser.network).macs > 0
 
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"policies", "objectives"},
     {"sampling"},
     {"assembly"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "stages"},
     {"api"},
     {"verbs"},
     {"cli"},

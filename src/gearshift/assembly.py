@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from gearshift.backbones.base import Backbone
+from gearshift.backbones.base import Backbone, check_text
+from gearshift.backbones.null_context import NullContext
+from gearshift.data.augment import AugmentPipe, check_augment
 from gearshift.data.dataset import DataSource
+from gearshift.data.latents import Latents, text_shape_of
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.solvers.base import Solver
 from gearshift.objectives.base import Objective
@@ -77,12 +80,34 @@ def build_data(cfg: DictConfig, network: Backbone) -> DataSource:
             f"the data has images of {data.channels} x {data.image_size} x {data.image_size}, but {network.name} takes "
             f"{network.in_channels} x {network.image_size} x {network.image_size}; choose a backbone for this data"
         )
+    if network.cond_kind == "text":
+        check_text(network, text_shape_of(data), "the data")
     if network.cond_kind == "class" and data.num_classes != network.num_classes:
         raise UsageError(
             f"the data has {data.num_classes or 'no'} classes, but {network.name} is conditioned on "
             f"{network.num_classes}; set backbone.num_classes"
         )
     return data
+
+
+def give_null_context(network: Backbone, data: DataSource | Latents) -> NullContext | None:
+    """Tells a network that takes text what the features of the empty string are, from data that `build_data` checked;
+    returns them for the run folder. Nothing for other networks. Raises RunError when the data's file was changed."""
+    if network.cond_kind != "text":
+        return None
+    assert isinstance(data, Latents) and data.manifest.text is not None
+    null = NullContext(data.null_text(), data.manifest.text["encoder"], data.manifest.text["fingerprint"])
+    network.set_null_context(null.features)
+    return null
+
+
+def build_augment(cfg: DictConfig, network: Backbone, data: DataSource) -> AugmentPipe | None:
+    """The augmentations of `cfg.augment`, checked against data and network; None where there are none."""
+    if not cfg.get("augment"):
+        return None
+    pipe: AugmentPipe = config.build(cfg.augment)
+    check_augment(pipe, data, flip=data.flip, augment_dim=network.augment_dim, network=network.name)
+    return pipe
 
 
 def build_objective(cfg: DictConfig, network: Backbone) -> Objective:
@@ -165,7 +190,9 @@ def irrelevant_to_weights(cfg: DictConfig) -> tuple[str, ...]:
     folder of images is what its path says."""
     node = config.plain(cfg.data) if cfg.get("data") else {}
     decides = getattr(config.locate(node[config.TARGET], "data"), "path_is_identity", False) if node else False
-    return IRRELEVANT_TO_WEIGHTS if decides else (*IRRELEVANT_TO_WEIGHTS, "data.path")
+    found = IRRELEVANT_TO_WEIGHTS if decides else (*IRRELEVANT_TO_WEIGHTS, "data.path")
+    # augment=none is an empty node, and no node at all means the same.
+    return found if cfg.get("augment") else (*found, "augment")
 
 
 # Trainings that start from another ---------------------------------------------------------------------------------

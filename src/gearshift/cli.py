@@ -64,6 +64,7 @@ reference = _task("reference")
 encode = _task("encode")
 compare = _task("compare")
 table = _task("table")
+stages = _task("stages")
 
 
 def main() -> None:

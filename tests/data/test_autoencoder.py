@@ -33,7 +33,7 @@ def test_moments_and_images_are_those_of_diffusers(autoencoder_folder, theirs, i
         posterior = theirs.encode(to_pm1(images)).latent_dist
         latents = posterior.mean * 0.18215
         expected = theirs.decode(latents / 0.18215).sample
-    moments = ours.moments(images)
+    moments = ours.encode(images)
     assert moments.shape == (5, 8, 8, 8) and moments.dtype == torch.float32
     assert torch.equal(moments, torch.cat([posterior.mean, posterior.logvar], 1))
     assert (ours.scale, ours.factor, ours.latent_channels, ours.latent_size(16)) == (0.18215, 2, 4, 8)
@@ -55,7 +55,7 @@ def test_decoding_in_chunks_is_decoding_each_chunk(autoencoder_folder):
 def test_grey_images_go_to_all_channels(autoencoder_folder, images):
     ours = Autoencoder.load(str(autoencoder_folder))
     grey = images[:, :1]
-    assert torch.equal(ours.moments(grey), ours.moments(grey.expand(-1, 3, -1, -1)))
+    assert torch.equal(ours.encode(grey), ours.encode(grey.expand(-1, 3, -1, -1)))
 
 
 def test_macs_of_decoding(autoencoder_folder, theirs):
@@ -130,7 +130,7 @@ def test_old_names_of_attention_weights_are_read(autoencoder_folder, tmp_path, i
     (tmp_path / CONFIG).write_bytes((autoencoder_folder / CONFIG).read_bytes())
     ours, theirs = Autoencoder.load(str(tmp_path)), Autoencoder.load(str(autoencoder_folder))
     assert (ours.encoder, ours.decoder) == (theirs.encoder, theirs.decoder)
-    assert torch.equal(ours.moments(images), theirs.moments(images))
+    assert torch.equal(ours.encode(images), theirs.encode(images))
 
 
 def test_files_that_do_not_make_an_autoencoder(autoencoder_folder, tmp_path):

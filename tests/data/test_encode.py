@@ -278,8 +278,8 @@ def test_images_are_read_in_pieces(configured, monkeypatch):
 def test_shards_are_few_and_batches_are_full(configured, monkeypatch):
     """Not one image at a time, and not one file per image."""
     sizes = []
-    moments = Autoencoder.moments
-    monkeypatch.setattr(Autoencoder, "moments", lambda self, images: sizes.append(len(images)) or moments(self, images))
+    moments = Autoencoder.encode
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: sizes.append(len(images)) or moments(self, images))
     answer = verb.run(configured(shard=8, batch=4))
     assert sizes.count(4) == 4 and sizes.count(3) == 2 and len(sizes) == 6
     assert len(files(answer["latents"])) == 4 * 2
@@ -302,7 +302,7 @@ def test_imagenet_is_streamed(configured, tmp_path):
     data = Latents(LatentsConfig(path=answer["latents"]))
     split = data.load("train")
     assert split.labels.tolist() == [0, 0, 0, 1, 1, 1] and split.name == "latents of imagenet"
-    expected = Autoencoder.load(cfg.autoencoder).moments(data.pixels().stream("train").read(4, 6))
+    expected = Autoencoder.load(cfg.autoencoder).encode(data.pixels().stream("train").read(4, 6))
     torch.testing.assert_close(torch.cat(split.moments)[4:, 0], expected)
 
 
@@ -316,8 +316,8 @@ def test_grey_images_are_encoded_and_odd_channels_refused(configured, new_autoen
 
 
 def test_latents_that_do_not_fit_their_type_are_refused(configured, monkeypatch):
-    moments = Autoencoder.moments
-    monkeypatch.setattr(Autoencoder, "moments", lambda self, images: moments(self, images) * 1e7)
+    moments = Autoencoder.encode
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: moments(self, images) * 1e7)
     with pytest.raises(RunError, match=r"latent of image 0 is not finite in fp16.*use dtype=fp32"):
         verb.run(configured())
 

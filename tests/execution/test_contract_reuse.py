@@ -28,7 +28,7 @@ def keys(subject: Subject, part: str) -> frozenset[tuple[int, str]]:
 
 def has_attention(subject: Subject, block: int) -> bool:
     entries = subject.table().entries
-    return entries["block", subject.path, block, "full"].attention > 0
+    return entries["block", subject.path, block, "full"] != entries["block", subject.path, block, "qk"]
 
 
 def remember(subject: Subject, part: str, rows: Tensor | None = None) -> Memory:

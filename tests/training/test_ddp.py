@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from gearshift.objectives.stage_order import point
+
 Program = Callable[..., "subprocess.Popen[str]"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -84,6 +86,54 @@ def test_processes_that_run_different_depths_are_one(
         assert a == pytest.approx(b, abs=1e-5)
     before = toy.toy_dit().network.state_dict()["blocks.3.mlp.fc1.weight"]
     assert (before - one["denoiser.network.blocks.3.mlp.fc1.weight"]).abs().max() > 1e-3  # the last block has learned
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_processes_that_train_different_stages_are_one(
+    program: Program, toy: ModuleType, tmp_path: Path, accumulate: int
+) -> None:
+    """Two processes train stages of their own, now and then the same one, and no process the last one.
+
+    Weights, averages on their own clocks, and the optimiser's state are those of one process, which has both stages in
+    its micro-batch: a gradient is the mean over all samples. What nobody uses stays as it was, and gets no state.
+    """
+    fields = {"max_steps": 14, "lr": 1e-3, "log_every": 5, "accumulate": accumulate, "batch_size": 12 * accumulate}
+    fields |= {"ema_clock": "stage", "weight_decay": 0.5, "warmup_steps": 0}
+    shares = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64)
+    points = torch.tensor([[point(0, number, group, 3) for group in (0, 1)] for number in range(14 * accumulate)])
+    stages = torch.bucketize(points, shares.cumsum(0)[:-1].float(), right=True)  # of the micro-batches, by process
+    differ = stages[:, 0] != stages[:, 1]
+    assert 0 < int(differ.sum()) < len(stages)
+    trained = [int((stages == k).reshape(14, -1).any(1).sum()) for k in range(3)]  # steps that train a stage
+    finish(program("train", str(tmp_path / "one"), json.dumps(fields), "staged"))
+    finish(program("train", str(tmp_path / "two"), json.dumps(fields | {"devices": 2}), "staged", launcher=TWO))
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    initial = toy.toy_stages().network.state_dict()
+    for saved in (lambda x: x["state_dict"], lambda x: x["gearshift"]["ema"]["weights"]):
+        for name, value in saved(one).items():
+            torch.testing.assert_close(saved(two)[name], value, rtol=0, atol=1e-6)
+            own = name.removeprefix("denoiser.network.")
+            unused = own.startswith(("blocks.3.", "out.2."))
+            assert torch.equal(value, initial[own]) is unused and torch.equal(saved(two)[name], initial[own]) is unused
+    assert one["gearshift"]["ema"]["clocks"] == two["gearshift"]["ema"]["clocks"]
+    clocks = one["gearshift"]["ema"]["clocks"]
+    assert [clocks[f"blocks.{k}.linear.weight"] for k in range(4)] == [14, *trained] and trained[2] == 0
+    states = [sorted(x["optimizer_states"][0]["state"]) for x in (one, two)]
+    assert states[0] == states[1] and len(states[0]) == len(initial) - 4
+    for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_processes_drop_out_each_for_itself_and_alike_when_resumed(
+    program: Program, tmp_path: Path, assert_equal: Callable[[Any, Any], None]
+) -> None:
+    fields = {"max_steps": 8, "lr": 1e-2, "log_every": 4, "devices": 2}
+    finish(program("train", str(tmp_path / "whole"), json.dumps(fields), "dropout", launcher=TWO))
+    finish(program("train", str(tmp_path / "parts"), json.dumps(fields | {"max_steps": 4}), "dropout", launcher=TWO))
+    (tmp_path / "parts" / "done.json").unlink()
+    finish(program("train", str(tmp_path / "parts"), json.dumps(fields), "dropout", launcher=TWO))
+    for name in ("state_dict", "optimizer_states"):
+        assert_equal(state(tmp_path / "parts")[name], state(tmp_path / "whole")[name])
 
 
 def test_asked_to_stop_both_save_one_checkpoint_and_the_run_goes_on(program: Program, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from gearshift.training.config import TrainerConfig
 from gearshift.training.optim import learning_rate, make_optimizer
 
 
@@ -24,6 +25,14 @@ def test_cosine_is_half_way_in_the_middle_and_zero_at_the_end(toy: ModuleType) -
     assert learning_rate(config, 100) == pytest.approx(0.0, abs=1e-12)
     rates = [learning_rate(config, step) for step in range(20, 101)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_ramp_of_edm() -> None:
+    """lr min(images / 10 M, 1) at a batch of 512, the images being those before the step: the first rate is zero."""
+    config = TrainerConfig(batch_size=512, lr=1e-3, warmup_steps=19531, max_steps=400_000)
+    assert learning_rate(config, 0) == 0
+    for step in (1, 5000, 19530, 19531, 100_000):
+        assert learning_rate(config, step) == pytest.approx(1e-3 * min(step * 512 / 1e7, 1), rel=2e-5)
 
 
 def test_without_warm_up_the_first_rate_is_the_full_one(toy: ModuleType) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gearshift.backbones.base import Backbone
 from gearshift.backbones.dit import DiT, DiTConfig
+from gearshift.backbones.staging import StageRouter
 from gearshift.data.dataset import ImageDataset
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, Process, VPSDEConfig
@@ -28,6 +29,7 @@ from gearshift.execution.stream import Rows, Stream
 from gearshift.objectives.base import Batch, Draws
 from gearshift.objectives.scheduled import Scheduled, ScheduledConfig
 from gearshift.objectives.simple import Simple, SimpleConfig
+from gearshift.objectives.staged import Staged, StagedConfig
 from gearshift.policies import ExitSchedule
 from gearshift.runtime.errors import UserError
 from gearshift.runtime.run import RunFolder
@@ -37,20 +39,21 @@ SIDE, CLASSES, WIDTH = 4, 3, 16
 
 
 class ToyBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor, cond: dict[str, Tensor], skip: Tensor | None, slot: Any) -> Tensor:
-        return hidden + torch.tanh(self.linear(hidden))
+        return hidden + self.dropout(torch.tanh(self.linear(hidden)))
 
 
 class ToyBackbone(Backbone):
     """Two blocks over all pixels at once. `spare` is a layer that no loss reaches, like a head of another objective."""
 
-    def __init__(self, spare: bool = False) -> None:
+    def __init__(self, spare: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([ToyBlock(), ToyBlock()])
+        self.blocks = nn.ModuleList([ToyBlock(dropout), ToyBlock(dropout)])
         self.paths = ((0, 1),)
         self.in_channels = self.out_channels = 1
         self.image_size, self.cond_kind, self.num_classes = SIDE, "class", CLASSES
@@ -68,6 +71,23 @@ class ToyBackbone(Backbone):
 
     def null_cond(self, num_rows: int, device: torch.device) -> Tensor:
         return torch.full((num_rows,), CLASSES, device=device)
+
+
+class ToyStages(ToyBackbone):
+    """A block that all share, and one with a readout for each of three stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = StageRouter((0.3, 1.5))
+        self.boundaries, self.paths = self.router.boundaries, ((0, 1), (0, 2), (0, 3))
+        self.blocks = nn.ModuleList(ToyBlock() for _ in range(4))
+        self.out = nn.ModuleList(nn.Linear(WIDTH, SIDE * SIDE) for _ in range(3))
+
+    def readout(self, hidden: Tensor, cond: dict[str, Tensor], depth: int, path: int = 0) -> Tensor:
+        return self.out[path](hidden).reshape(-1, 1, SIDE, SIDE)
+
+    def route(self, log_snr: Tensor) -> Tensor:
+        return self.router.route(log_snr)
 
 
 class PoisonedOnRank1(Simple):
@@ -115,6 +135,18 @@ def toy_denoiser(seed: int = 0, **backbone: Any) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Denoiser(ToyBackbone(**backbone), VPSDE(VPSDEConfig()))
+
+
+def toy_stages(seed: int = 0) -> Denoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Denoiser(ToyStages(), VPSDE(VPSDEConfig()))
+
+
+def toy_staged(**settings: Any) -> Staged:
+    """Stages 0 and 1, for the halves of a micro-batch of twelve each its own; stage 2 is never trained."""
+    shares = dict(choice="custom", shares=[0.6, 0.4, 0.0])
+    return Staged(StagedConfig(**(dict(batching="per_group", group_size=6) | shares | settings)))
 
 
 def toy_dit(seed: int = 0) -> Denoiser:
@@ -197,6 +229,10 @@ def main(verb: str, folder: str, fields: str, *rest: str) -> int:
         parts: dict[str, Any] = dict(denoiser=toy_denoiser(spare="spare" in rest), objective=objective)
         if "scheduled" in rest:
             parts = dict(denoiser=toy_dit(), objective=Halves())
+        if "staged" in rest:
+            parts = dict(denoiser=toy_stages(), objective=toy_staged())
+        if "dropout" in rest:
+            parts = dict(denoiser=toy_denoiser(dropout=0.3))
         answer = toy_train(folder, config, **parts)
     except UserError as error:
         print(error, file=sys.stderr)

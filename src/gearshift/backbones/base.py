@@ -6,7 +6,7 @@ beyond the time value it is fed, and nothing of policies.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,12 @@ class Backbone(nn.Module):
         paths: block indices of each path (expert), in order; one path for most networks.
         pops: blocks before which the latest long skip is popped and handed in.
         pushes: blocks after which the hidden state is pushed as a long skip.
+        carries: block to name: after it (run, bypassed or reused) the hidden state is also kept as `cond[name]`, which
+            later blocks and readouts see.
+        boundaries: of networks whose paths are stages of the noise level: the ratios sigma / alpha at which stages end,
+            ascending, the last stage left out; stage 0 is next to the data. Empty where rows are not routed so.
+        augment_dim: numbers per image that say how it was augmented (`embed_augmented`); 0 where the network knows
+            nothing of augmentations.
         in_channels, out_channels, image_size: images are [n, in_channels, image_size, image_size].
         cond_kind: "none", "class" (int64 labels [n]) or "text" (float [n, L, D]).
         num_classes: labels are 0..num_classes-1; None unless `cond_kind` is "class".
@@ -34,6 +40,9 @@ class Backbone(nn.Module):
     paths: tuple[tuple[int, ...], ...]
     pops: frozenset[int] = frozenset()
     pushes: frozenset[int] = frozenset()
+    carries: Mapping[int, str] = {}
+    boundaries: tuple[float, ...] = ()
+    augment_dim: int = 0
     in_channels: int
     out_channels: int
     image_size: int
@@ -61,6 +70,21 @@ class Backbone(nn.Module):
     def embed(self, x: Tensor, time: Tensor, cond: Tensor | None) -> Stream:
         """Images [n, C, H, W], network-fed time [n] and conditioning, to the stream before the first block."""
         raise NotImplementedError
+
+    def embed_augmented(self, x: Tensor, time: Tensor, cond: Tensor | None, augment: Tensor) -> Stream:
+        """`embed` of images that were augmented as `augment` [n, augment_dim] says; zeros stand for the plain image.
+
+        Raises:
+            UsageError: the network knows nothing of augmentations (`augment_dim` is 0).
+        """
+        raise UsageError(f"{self.name} cannot be told of augmentations; train it without, or choose another backbone")
+
+    def enter(self, stream: Stream, path: int) -> Stream:
+        """Called once for the rows of a path before its first block, where paths share no block at their beginning.
+
+        Networks whose paths have nothing in common embed here what `embed` only gathered.
+        """
+        return stream
 
     def bypass(self, block: int, hidden: Tensor, cond: dict[str, Tensor], skip: Tensor | None) -> Tensor:
         """What remains of a block that is dropped; the identity unless the block merges a skip."""
@@ -145,6 +169,15 @@ class Backbone(nn.Module):
         """
         raise UsageError(f"guidance needs a null condition, and {self.name} (cond_kind={self.cond_kind}) has none")
 
+    def set_null_context(self, context: Tensor) -> None:
+        """Text features [L, D] of the empty string: the null condition of a text-conditional network. They are no
+        weights and are set when those are loaded.
+
+        Raises:
+            UsageError: the network takes no text, or text of another shape.
+        """
+        raise UsageError(f"a null context needs a text model, and {self.name} has cond_kind={self.cond_kind}")
+
     def example_cond(self, num_rows: int, device: torch.device | str = "meta") -> Tensor | None:
         """Conditioning of the right kind and shape, for counting and warm-up."""
         if self.cond_kind == "none":
@@ -165,3 +198,25 @@ class Backbone(nn.Module):
             "exits": [list(self.exits(p)) for p in range(len(self.paths))],
             "params": sum(p.numel() for p in self.parameters()),
         }
+
+
+def check_text(network: Backbone, shape: tuple[int, int] | None, what: str) -> None:
+    """Raises UsageError unless text features of this shape [L, D] (None: there are none) are what the network takes."""
+    if network.cond_kind != "text":
+        if shape is None:
+            return
+        raise UsageError(f"{network.name} takes no text (cond_kind={network.cond_kind}), and there are {what}")
+    if shape is None:
+        raise UsageError(
+            f"{network.name} is conditioned on text, and {what} has no captions with features; encode images that have "
+            "captions (gearshift encode data=coco), then data=caption_latents, or choose another backbone"
+        )
+    example = network.example_cond(1)
+    assert example is not None
+    wanted = tuple(example.shape[1:])
+    if wanted != shape:
+        raise UsageError(
+            f"{network.name} is conditioned on text features of {wanted[0]} x {wanted[1]}, and {what} has features of "
+            f"{shape[0]} x {shape[1]}; use the text encoder that the network was made for, or set "
+            f"backbone.context_tokens={shape[0]} and backbone.context_dim={shape[1]}"
+        )

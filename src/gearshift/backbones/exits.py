@@ -92,6 +92,11 @@ class EarlyExit(Backbone):
         self.config = config
         self.backbone = backbone
         self.paths, self.pops, self.pushes = backbone.paths, backbone.pops, backbone.pushes
+        self.carries, self.boundaries, self.augment_dim = (
+            dict(backbone.carries),
+            backbone.boundaries,
+            backbone.augment_dim,
+        )
         self.in_channels, self.out_channels = backbone.in_channels, backbone.out_channels
         self.image_size = backbone.image_size
         self.cond_kind, self.num_classes = backbone.cond_kind, backbone.num_classes
@@ -144,6 +149,12 @@ class EarlyExit(Backbone):
     def embed(self, x: Tensor, time: Tensor, cond: Tensor | None) -> Stream:
         return self.backbone.embed(x, time, cond)
 
+    def embed_augmented(self, x: Tensor, time: Tensor, cond: Tensor | None, augment: Tensor) -> Stream:
+        return self.backbone.embed_augmented(x, time, cond, augment)
+
+    def enter(self, stream: Stream, path: int) -> Stream:
+        return self.backbone.enter(stream, path)
+
     def bypass(self, block: int, hidden: Tensor, cond: dict[str, Tensor], skip: Tensor | None) -> Tensor:
         return self.backbone.bypass(block, hidden, cond, skip)
 
@@ -165,6 +176,9 @@ class EarlyExit(Backbone):
 
     def null_cond(self, num_rows: int, device: torch.device) -> Tensor | None:
         return self.backbone.null_cond(num_rows, device)
+
+    def set_null_context(self, context: Tensor) -> None:
+        self.backbone.set_null_context(context)
 
     def example_cond(self, num_rows: int, device: torch.device | str = "meta") -> Tensor | None:
         return self.backbone.example_cond(num_rows, device)

@@ -1,4 +1,4 @@
-"""Weights from elsewhere into a network: official files, AdaDiff files, and files of `gearshift export`."""
+"""Weights from elsewhere into a network: official files, AdaDiff and EDM files, and files of `gearshift export`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from gearshift.backbones.base import Backbone
+from gearshift.backbones.edm_pickle import is_edm, read_edm
 from gearshift.backbones.exits import EarlyExit
+from gearshift.backbones.unet import UNet
+from gearshift.backbones.unet_weights import from_official
 from gearshift.backbones.weights import exported_state, import_official, load_strict, uncertainty_heads
 from gearshift.runtime.errors import UsageError
 
@@ -29,11 +32,24 @@ def load_into(network: Backbone, source: str | os.PathLike[str], *, heads: bool)
     """
     if not Path(source).exists():
         raise UsageError(f"{source}: there is no such file or folder; name a weights file")
+    if is_edm(source):
+        load_edm(network, read_edm(source).state, source, heads=heads)
+        return
     state = exported_state(source)
     if state is None:
         _official(network, source, heads)
     else:
         load_state(network, state, source, heads=heads)
+
+
+def load_edm(network: Backbone, state: Mapping[str, Tensor], source: str | os.PathLike[str], *, heads: bool) -> None:
+    """`load_into` for the `state` of an official EDM network that was read from `source`."""
+    backbone = network.backbone if isinstance(network, EarlyExit) else network
+    if not isinstance(backbone, UNet):
+        raise UsageError(
+            f"{source} holds an EDM U-Net and the backbone is {backbone.name}; choose a U-Net, e.g. ddpmpp"
+        )
+    load_state(network, from_official(state, backbone), source, heads=heads)
 
 
 def load_state(network: Backbone, state: Mapping[str, Tensor], source: str | os.PathLike[str], *, heads: bool) -> None:

@@ -1,4 +1,4 @@
-"""Weights in and out: official state dicts of U-ViT, AdaDiff and DiT, and safetensors that carry their configuration.
+"""Weights in and out: official state dicts (U-ViT, AdaDiff, DiT, EDM), and safetensors that carry their configuration.
 
 Official files are flat dictionaries of tensors (`nnet_ema.pth` of a training folder, or a released EMA file), or what
 the training script of DiT writes, which holds one under `ema`. A DiT may also come in the layout of diffusers. All
@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from gearshift.backbones import dit_weights
+from gearshift.backbones import dit_weights, unet_weights
+from gearshift.backbones.unet import UNet
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import atomic_write
 
@@ -57,6 +58,8 @@ def import_official(path: str | os.PathLike[str], backbone: nn.Module) -> StateD
     if dit_weights.is_diffusers(state):
         positions = backbone.state_dict().get("pos_embed")
         state = dit_weights.from_diffusers(state, 0 if positions is None else positions.shape[1])
+    if isinstance(backbone, UNet):
+        state = unet_weights.from_official(state, backbone)
     heads = {name: state.pop(name) for name in list(state) if name.startswith(ADADIFF_HEADS)}
     load_strict(backbone, state, file)
     return heads
@@ -68,6 +71,7 @@ def exported_state(path: str | os.PathLike[str]) -> StateDict | None:
     if file.suffix != ".safetensors" or not file.is_file():
         return None
     state, header = _read_safetensors(file)
+    state.pop("null_context", None)  # no weight: see `null_context`
     return state if CONFIG_KEY in header else None
 
 

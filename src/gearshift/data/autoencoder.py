@@ -1,9 +1,13 @@
-"""The autoencoder of latent diffusion: images to a Gaussian over latents, and latents back to images.
+"""The autoencoder of latent diffusion: images to a Gaussian over latents or to latents, and latents back to images.
 
-Weights are those of `diffusers`' AutoencoderKL. They are looked for in a folder that was named, in the folder that
-$GEARSHIFT_AUTOENCODER names, or in the cache of the Hugging Face hub, and never fetched: what is missing is said with
-the line that fetches it. The fine-tuned decoders of Stable Diffusion share one encoder, so encoder and decoder have
-fingerprints of their own: latents may be decoded by either, and which one is part of a FID.
+Weights are those of `diffusers`' AutoencoderKL, which encodes to a Gaussian, or VQModel, which encodes to the latent
+itself: diffusion models are trained on what the encoder says before it is quantised (arXiv 2112.10752, VQ-regularised
+first stages), and decoding begins with the nearest entries of the codebook.
+
+Weights are looked for in a folder that was named, in the folder that $GEARSHIFT_AUTOENCODER names, or in the cache of
+the Hugging Face hub, and never fetched: what is missing is said with the line that fetches it. The fine-tuned decoders
+of Stable Diffusion share one encoder, so encoder and decoder have fingerprints of their own: latents may be decoded by
+either, and which one is part of a FID.
 """
 
 from __future__ import annotations
@@ -74,14 +78,16 @@ def _cached(repository: str) -> Path | None:
 
 
 class Autoencoder:
-    """AutoencoderKL with its scale: latents are scaled by `scale` for the diffusion model, and divided by it to decode.
+    """AutoencoderKL or VQModel with its scale: latents are scaled by `scale` for the diffusion model, and divided by it
+    to decode.
 
     Attributes:
         name: a choice or a folder.
         channels: of images (taken and given back).
         latent_channels: of latents.
         factor: image pixels per latent pixel, along one side.
-        scale: 0.18215 for the autoencoders of Stable Diffusion.
+        scale: 0.18215 for the autoencoders of Stable Diffusion, 1 for VQModel.
+        gaussian: encodes to a Gaussian; else to a latent, and there is nothing to draw.
         encoder, decoder: 16 hex digits over the weights of either half and how it is built.
     """
 
@@ -94,23 +100,33 @@ class Autoencoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`network` is an AutoencoderKL in float32; `scale` replaces its own; it computes in `dtype`.
+        """`network` is an AutoencoderKL or VQModel in float32; `scale` replaces its own; it computes in `dtype`.
 
-        Raises UsageError for an autoencoder whose latents are not mean times scale.
+        The `scaling_factor` in a VQModel's configuration is not looked at: latent diffusion does not scale these, and
+        files say 0.18215 where nobody set it.
+
+        Raises UsageError for an autoencoder whose latents are not mean times scale, or that decodes indices.
         """
         config: Any = network.config
-        if config.shift_factor is not None or config.latents_mean is not None:
+        self.gaussian = type(network).__name__ != "VQModel"
+        if not self.gaussian and config.lookup_from_codebook:
+            raise UsageError(f"autoencoder {name} decodes indices (lookup_from_codebook), not latents; use another")
+        if self.gaussian and (config.shift_factor is not None or config.latents_mean is not None):
             raise UsageError(
                 f"autoencoder {name} shifts its latents and not only scales them; use {' or '.join(CHOICES)}"
             )
         self.name = name
-        self.scale = float(config.scaling_factor if scale is None else scale)
+        own = config.scaling_factor if self.gaussian else 1.0
+        self.scale = float(own if scale is None else scale)
         self.channels = int(config.in_channels)
-        self.latent_channels = int(config.latent_channels)
+        self.latent_channels = int(config.get("vq_embed_dim") or config.latent_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.encoder = _fingerprint(network, ("encoder.", "quant_conv."))
-        self.decoder = _fingerprint(network, ("decoder.", "post_quant_conv."))
+        self.decoder = _fingerprint(network, ("decoder.", "post_quant_conv.", "quantize."))
         self._dtype = dtype
+        # In full precision whatever the rest computes in: the nearest entry should not depend on it.
+        codebook = None if self.gaussian else network.get_parameter("quantize.embedding.weight").detach()
+        self._codebook = None if codebook is None else codebook.to(device, torch.float32, copy=True)
         # torch's own method: that of diffusers warns of a casting that leaves nothing out here.
         self._network: Any = nn.Module.to(network, device=device, dtype=dtype).eval().requires_grad_(False)
 
@@ -118,7 +134,7 @@ class Autoencoder:
     def load(cls, named: str | None = None, **settings: Any) -> Autoencoder:
         """The autoencoder `named` as in `locate_autoencoder`; `settings` as of the class.
 
-        Raises UsageError when it cannot be found and RunError when its files do not make an AutoencoderKL.
+        Raises UsageError when it cannot be found and RunError when its files do not make one.
         """
         name, folder = locate_autoencoder(named)
         return cls(_read(folder), name, **settings)
@@ -137,35 +153,51 @@ class Autoencoder:
             )
         return image_size // self.factor
 
-    def moments(self, images_u8: Tensor) -> Tensor:
-        """uint8 [N, C or 1, H, W] -> float32 [N, 2c, h, w]: mean, then log-variance within [-30, 20], not scaled.
+    @property
+    def stored_channels(self) -> int:
+        """Channels of `encode`: 2c where it is a Gaussian, else c."""
+        return (2 if self.gaussian else 1) * self.latent_channels
+
+    def encode(self, images_u8: Tensor) -> Tensor:
+        """uint8 [N, C or 1, H, W] -> float32 [N, stored_channels, h, w], not scaled: mean, then log-variance within
+        [-30, 20]; or the latent, before it is quantised.
 
         Grey images are given to all channels.
         """
         images = to_pm1(images_u8.to(self.device)).expand(-1, self.channels, -1, -1)
         with torch.no_grad():
-            posterior = self._network.encode(images.to(self._dtype)).latent_dist
-        return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+            found = self._network.encode(images.to(self._dtype))
+        if not self.gaussian:
+            return torch.as_tensor(found.latents).float()
+        return torch.cat([found.latent_dist.mean, found.latent_dist.logvar], dim=1).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [N, c, h, w] -> images float32 [N, C, H, W], about [-1, 1] and not clipped to it."""
+        plain = latents.to(self.device) / self.scale
         with torch.no_grad():
-            images: Tensor = self._network.decode((latents.to(self.device) / self.scale).to(self._dtype)).sample
+            if self._codebook is None:
+                found = self._network.decode(plain.to(self._dtype))
+            else:
+                codes = torch.stack([_nearest(latent, self._codebook) for latent in plain.float()])
+                found = self._network.decode(codes.to(self._dtype), force_not_quantize=True)
+        images: Tensor = found.sample
         return images.float()
 
     def decode_macs(self, latent_size: int) -> int:
-        """Multiply-accumulates of decoding one latent: convolutions, linear layers and attention products.
+        """Multiply-accumulates of decoding one latent: convolutions, linear layers, attention products, and products
+        with the entries of a codebook.
 
         They are the autoencoder's, are spent once per image under any policy, and are listed apart from the network's.
         """
-        from diffusers import AutoencoderKL
         from torch.utils.flop_counter import FlopCounterMode
 
+        options = {} if self.gaussian else {"force_not_quantize": True}
         with torch.device("meta"), torch.no_grad():
-            twin: Any = AutoencoderKL.from_config(self._network.config)
+            twin: Any = type(self._network).from_config(self._network.config)
             with FlopCounterMode(display=False) as counter:
-                twin.decode(torch.empty(1, self.latent_channels, latent_size, latent_size))
-        return int(counter.get_total_flops()) // 2
+                twin.decode(torch.empty(1, self.latent_channels, latent_size, latent_size), **options)
+        entries = 0 if self._codebook is None else self._codebook.numel()
+        return int(counter.get_total_flops()) // 2 + entries * latent_size**2
 
     def describe(self) -> str:
         """For protocols."""
@@ -178,20 +210,30 @@ def decode(latents: Tensor, autoencoder: Autoencoder, chunk: int = DECODE_CHUNK)
     return torch.cat(parts)
 
 
+def _nearest(latent: Tensor, codebook: Tensor) -> Tensor:
+    """A latent [c, h, w] with every place replaced by the nearest entry of the codebook [K, c]. One latent at a time:
+    the distances of 64 x 64 places to 8192 entries take 128 MB, and no other latent changes the bits."""
+    places = latent.flatten(1).T
+    return codebook[torch.cdist(places, codebook).argmin(1)].T.reshape(latent.shape)
+
+
 def _read(folder: Path) -> nn.Module:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, VQModel
     from diffusers.utils import logging
 
     try:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"{folder / CONFIG} is not readable ({error}); fetch it again") from error
-    if kind != "AutoencoderKL":
-        raise UsageError(f"{folder / CONFIG} describes {kind}, not an AutoencoderKL; use {' or '.join(CHOICES)}")
+    kinds: dict[Any, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+    if kind not in kinds:
+        raise UsageError(
+            f"{folder / CONFIG} describes {kind}, not an AutoencoderKL or a VQModel; use {' or '.join(CHOICES)}"
+        )
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would say of missing weights is refused below, in one line
     try:
-        network, found = AutoencoderKL.from_pretrained(
+        network, found = kinds[kind].from_pretrained(
             str(folder),
             local_files_only=True,
             use_safetensors=True,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gearshift.data.pixels import to_pm1
+from gearshift.data.text_rows import TextRows
 from gearshift.runtime.errors import UsageError
 
 SPLITS = ("train", "test")
@@ -58,6 +59,11 @@ class ImageDataset:
     @property
     def noise_shape(self) -> None:
         """Nothing about an image is random."""
+        return None
+
+    @property
+    def text(self) -> None:
+        """Captions have features where they were encoded, beside latents."""
         return None
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> ImageDataset:
@@ -129,7 +135,8 @@ Self = TypeVar("Self", bound="TrainingData")
 class TrainingData(Protocol):
     """A split as a training needs it: rows are taken, moved, and made into what the network is trained on.
 
-    `noise_shape` is that of the standard normal noise per row that `floats` wants, None where it wants none.
+    `noise_shape` is that of the standard normal noise per row that `floats` wants, None where it wants none; `text` are
+    features of captions, None without captions.
     """
 
     @property
@@ -148,6 +155,8 @@ class TrainingData(Protocol):
     def nbytes(self) -> int: ...
     @property
     def noise_shape(self) -> tuple[int, ...] | None: ...
+    @property
+    def text(self) -> TextRows | None: ...
 
     def __len__(self) -> int: ...
 

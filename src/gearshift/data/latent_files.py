@@ -3,9 +3,14 @@
     OUT/
         request.json                what the latents are made from and how; written first, kept when resumed
         shards/00000.moments.npy    fp16 or fp32 [n, orientations, 2c, h, w]: mean and log-variance, not scaled, of the
-                                    image and (orientation 1) of its mirror image
+                                    image and (orientation 1) of its mirror image; latents.npy [n, orientations, c,
+                                    h, w] where the autoencoder encodes to latents and not to Gaussians
         shards/00000.labels.npy     int64 [n], where there are classes
         shards/00000.indices.npy    int64 [n], positions in the data set
+        shards/00000.text.npy       where there are captions, these three: see `text_files`
+        shards/00000.starts.npy
+        shards/00000.captions.npy
+        null_text.npy               and, once, the text features of the empty string
         shards/00000.json           written last: the shard is whole
         manifest.json               written last of all: the set is whole
 
@@ -51,7 +56,10 @@ class Shard:
 @dataclass(frozen=True)
 class Manifest:
     """What the latents of a folder are. `data` says where the images came from (name, split, provenance, digest),
-    `source` is their configuration node, `autoencoder` name, encoder and decoder fingerprint; sizes are in pixels."""
+    `source` is their configuration node, `autoencoder` name, encoder and decoder fingerprint; sizes are in pixels.
+    `text` says of their captions' features the encoder and its fingerprint, length L and width D, how many captions
+    there are, and the SHA-256 of `null_text.npy`; None without captions. `gaussian`: moments are stored, not
+    latents."""
 
     count: int
     shard: int
@@ -67,6 +75,8 @@ class Manifest:
     source: Mapping[str, Any]
     autoencoder: Mapping[str, str]
     shards: tuple[Shard, ...]
+    text: Mapping[str, Any] | None = None
+    gaussian: bool = True
 
     @property
     def digest(self) -> str:
@@ -74,17 +84,26 @@ class Manifest:
         came from, nor by what they were encoded."""
         content = [[shard.count, sorted(digest for _, digest in shard.files.values())] for shard in self.shards]
         seen = [FORMAT, self.dtype, self.orientations, self.channels, self.latent_size, self.scale, self.num_classes]
+        if self.text is not None:  # which sets without captions, older than they are, know nothing of
+            seen += [self.text["length"], self.text["width"], self.text["null"]]
+        if not self.gaussian:
+            seen.append("latents")
         return hashlib.sha256(json.dumps([seen, content]).encode()).hexdigest()
 
     @property
     def row(self) -> tuple[int, int, int, int]:
         """Shape of what is stored of one image."""
-        return (self.orientations, 2 * self.channels, self.latent_size, self.latent_size)
+        return (self.orientations, (1 + self.gaussian) * self.channels, self.latent_size, self.latent_size)
+
+
+def stored_name(gaussian: bool) -> str:
+    """What the arrays of a shard that hold the latents are called."""
+    return "moments" if gaussian else "latents"
 
 
 def write_shard(folder: Path, number: int, arrays: Mapping[str, np.ndarray]) -> Shard:
-    """The arrays (moments, labels, indices; first axis images), each to its file, and then the word that they are
-    whole. Raises RunError when the system refuses."""
+    """The arrays (moments or latents, labels, indices; first axis images), each to its file, and then the word that
+    they are whole. Raises RunError when the system refuses."""
     place = folder / SHARDS
     place.mkdir(exist_ok=True)
     files = {}
@@ -123,7 +142,12 @@ def _wrong(folder: Path, shard: Shard, *, deep: bool) -> str | None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The manifest with its format and digest. Raises RunError when the system refuses."""
-    text = json.dumps({"format": FORMAT, "digest": manifest.digest, **asdict(manifest)}, indent=1, allow_nan=False)
+    fields = asdict(manifest)
+    if manifest.text is None:
+        del fields["text"]
+    if manifest.gaussian:
+        del fields["gaussian"]
+    text = json.dumps({"format": FORMAT, "digest": manifest.digest, **fields}, indent=1, allow_nan=False)
     atomic_write(folder / MANIFEST, text + "\n")
 
 
@@ -153,7 +177,7 @@ def read_manifest(folder: Path, named: str) -> Manifest:
 
 
 def open_shards(folder: Path, manifest: Manifest) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """Moments of every shard, memory-mapped copy on write, and all labels int64 [N].
+    """Moments or latents of every shard, memory-mapped copy on write, and all labels int64 [N].
 
     Sizes of all files are checked, and their contents where they are at most a gigabyte together. Raises RunError
     naming a file that is absent or changed.
@@ -165,9 +189,10 @@ def open_shards(folder: Path, manifest: Manifest) -> tuple[list[np.ndarray], np.
         if wrong is not None:
             raise RunError(f"{wrong}; {_AGAIN}")
         stem = f"{folder / SHARDS}/{shard.number:05d}"
+        file = f"{stem}.{stored_name(manifest.gaussian)}.npy"
         try:
             # Copy on write: torch wants writable memory, and whoever writes to it must not change the file.
-            mapped = np.load(f"{stem}.moments.npy", mmap_mode="c", allow_pickle=False)
+            mapped = np.load(file, mmap_mode="c", allow_pickle=False)
             if manifest.num_classes is not None:
                 labels.append(np.load(f"{stem}.labels.npy", allow_pickle=False))
         except (OSError, ValueError) as error:
@@ -175,7 +200,7 @@ def open_shards(folder: Path, manifest: Manifest) -> tuple[list[np.ndarray], np.
         expected = (shard.count, *manifest.row)
         if mapped.shape != expected or mapped.dtype != DTYPES[manifest.dtype]:
             raise RunError(
-                f"{stem}.moments.npy holds {mapped.dtype} {mapped.shape} and the manifest says {manifest.dtype} "
+                f"{file} holds {mapped.dtype} {mapped.shape} and the manifest says {manifest.dtype} "
                 f"{expected}; {_AGAIN}"
             )
         moments.append(mapped)

@@ -2,7 +2,8 @@
 
 An image's latent is a Gaussian. Training on one frozen draw of it, and on one frozen orientation, is training on fewer
 data than there are; so both moments of both orientations are stored, and a training draws orientation and noise where
-it draws everything else: latents = (mean + std * noise) * scale, noise keyed by seed, micro-batch and sample.
+it draws everything else: latents = (mean + std * noise) * scale, noise keyed by seed, micro-batch and sample. The same
+with captions, where there are any: features of all are stored, one of an image's own is drawn per sample.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from gearshift.data.autoencoder import Autoencoder
 from gearshift.data.dataset import DataSource, check_split
 from gearshift.data.latent_files import open_shards, read_manifest
+from gearshift.data.text_files import open_text, read_captions, read_null
+from gearshift.data.text_rows import TextRows
 from gearshift.runtime import config as configuration
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.progress import note
@@ -31,11 +34,14 @@ class LatentDataset:
 
     Attributes:
         moments: pieces [n, O, 2C, h, w] (fp16 or fp32, often memory-mapped; all but the last of one length) of mean and
-            log-variance, in O = 1 or 2 orientations: as it is, and mirrored before it was encoded.
+            log-variance, in O = 1 or 2 orientations: as it is, and mirrored before it was encoded. [n, O, C, h, w]
+            where the latents themselves are stored.
         labels: int64 [N], or None without classes.
         scale: factor of the latents.
         mode: "sample" to draw from the Gaussian, "mean" for its mean.
-        digest: of the moments, the labels and the scale.
+        digest: of the moments, the labels, the scale and the text.
+        text: features of the captions of every row; None without captions, and of rows that were taken.
+        gaussian: moments are stored; else latents, whatever the mode.
     """
 
     moments: tuple[Tensor, ...]
@@ -48,13 +54,15 @@ class LatentDataset:
     provenance: str
     scale: float
     mode: str = "sample"
+    text: TextRows | None = None
+    gaussian: bool = True
 
     def __len__(self) -> int:
         return sum(map(len, self.moments))
 
     @property
     def channels(self) -> int:
-        return self.moments[0].shape[2] // 2
+        return self.moments[0].shape[2] // (1 + self.gaussian)
 
     @property
     def image_size(self) -> int:
@@ -63,12 +71,13 @@ class LatentDataset:
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.moments)
+        return sum(piece.nbytes for piece in self.moments) + (0 if self.text is None else self.text.nbytes)
 
     @property
     def noise_shape(self) -> tuple[int, ...] | None:
         """Of the noise per row that `floats` wants."""
-        return (self.channels, self.image_size, self.image_size) if self.mode == "sample" else None
+        drawn = self.gaussian and self.mode == "sample"
+        return (self.channels, self.image_size, self.image_size) if drawn else None
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> LatentDataset:
         """The same rows with `function` of every tensor in its place."""
@@ -85,7 +94,8 @@ class LatentDataset:
         for piece in self.moments:
             whole[done : done + len(piece)] = piece
             done += len(piece)
-        return replace(self, moments=(whole,), labels=None if self.labels is None else self.labels.to(device))
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, moments=(whole,), labels=labels, text=None if self.text is None else self.text.to(device))
 
     def take(self, index: Tensor, flip: Tensor | None = None) -> LatentDataset:
         """The rows of `index` (int64 [B]) alone, those in `flip` (bool [B]) in the mirrored orientation."""
@@ -93,7 +103,8 @@ class LatentDataset:
             raise UsageError(f"{self.name} was encoded without mirrored images; set data.flip=false")
         side = torch.zeros_like(index) if flip is None else flip.to(index)
         rows = self._rows(index, side)
-        return replace(self, moments=(rows[:, None],), labels=None if self.labels is None else self.labels[index])
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, moments=(rows[:, None],), labels=labels, text=None)
 
     def _rows(self, index: Tensor, side: Tensor) -> Tensor:
         if len(self.moments) == 1:
@@ -108,8 +119,10 @@ class LatentDataset:
 
     def floats(self, noise: Tensor | None = None) -> Tensor:
         """Rows that were taken, as scaled latents float32 [B, C, h, w]: their means, or with `noise` (standard normal
-        [B, C, h, w]) draws from their Gaussians."""
+        [B, C, h, w]) draws from their Gaussians; or what is stored, where that is no Gaussian."""
         [piece] = self.moments
+        if not self.gaussian:
+            return piece[:, 0].float() * self.scale
         mean, logvar = piece[:, 0].float().chunk(2, dim=1)
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         return latents * self.scale
@@ -118,8 +131,8 @@ class LatentDataset:
 @dataclass(frozen=True)
 class LatentsConfig:
     """path: the folder that `gearshift encode` wrote. flip: draw the mirrored image for every other sample. mode:
-    sample (draw anew each time) or mean. autoencoder: which one decodes (a folder or a name), null for the one that
-    encoded."""
+    sample (draw anew each time) or mean; where latents are no Gaussians, either. autoencoder: which one decodes (a
+    folder or a name), null for the one that encoded."""
 
     path: str
     flip: bool = True
@@ -149,6 +162,9 @@ class Latents:
         self.flip = config.flip
         self.image_size, self.channels = self.manifest.latent_size, self.manifest.channels
         self.num_classes = self.manifest.num_classes
+        text = self.manifest.text
+        # [L, D] of the captions' features; None without captions.
+        self.text_shape: tuple[int, int] | None = None if text is None else (text["length"], text["width"])
 
     def load(self, split: str) -> LatentDataset:
         """The split that was encoded. Raises UsageError for another one, RunError when files are missing or changed."""
@@ -173,7 +189,17 @@ class Latents:
             f"[encoder {manifest.autoencoder['encoder'][:8]}], {manifest.dtype}, x {manifest.scale:g}",
             scale=manifest.scale,
             mode=self.config.mode,
+            text=None if manifest.text is None else open_text(self.folder, manifest),
+            gaussian=manifest.gaussian,
         )
+
+    def null_text(self) -> Tensor:
+        """Features float32 [L, D] of the empty string. Raises RunError when their file was changed."""
+        return read_null(self.folder, self.manifest)
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """The captions of every image. Raises RunError for files that cannot be read."""
+        return read_captions(self.folder, self.manifest)
 
     def decoder(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
         """The autoencoder that decodes these latents, with their scale: `data.autoencoder`, or the one that made them.
@@ -210,3 +236,8 @@ class Latents:
 def pixels_behind(data: DataSource | Latents) -> DataSource:
     """Where the pixels are to which samples compare: the data set itself, or the images behind latents."""
     return data.pixels() if isinstance(data, Latents) else data
+
+
+def text_shape_of(data: DataSource | Latents) -> tuple[int, int] | None:
+    """[L, D] of the features of captions; None where there are none."""
+    return data.text_shape if isinstance(data, Latents) else None

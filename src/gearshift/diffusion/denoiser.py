@@ -95,10 +95,13 @@ class Denoiser(nn.Module):
         memory: Memory | None = None,
         packing: Packing = PACK,
         subset: Rows | None = None,
+        augment: Tensor | None = None,
     ) -> Outputs:
         """Run the network on rows [n, C, H, W] at `time` (process time: a number, or one per row).
 
-        `subset` says which of the run's rows these are, where they are not all of them.
+        `subset` says which of the run's rows these are, where they are not all of them; `augment` [n, augment_dim] how
+        the images were augmented, for networks that take it. Where the process preconditions the network, the
+        prediction and the taps come out as eps all the same (any further channels as the network gives them).
         """
         n = len(x)
         if isinstance(time, Tensor):
@@ -106,10 +109,24 @@ class Denoiser(nn.Module):
         else:
             fed = torch.full((n,), float(self.process.network_time(time)), device=x.device)
         plan = self._routed(plan, time, subset or Rows(n))
-        stream = self.network.embed(x, fed, cond)
+        seen = self.process.precondition(x, time) if self.process.preconditioned else x
+        if augment is None:
+            stream = self.network.embed(seen, fed, cond)
+        else:
+            stream = self.network.embed_augmented(seen, fed, cond, augment)
         if subset is not None:
-            stream.rows = subset
-        return execute(self.network, stream, plan, memory, packing=packing)
+            stream.belong_to(subset)
+        outputs = execute(self.network, stream, plan, memory, packing=packing)
+        if self.process.preconditioned:
+            outputs.prediction = self._to_eps(outputs.prediction, x, time)
+            outputs.taps = {depth: self._to_eps(tap, x, time) for depth, tap in outputs.taps.items()}
+        return outputs
+
+    def _to_eps(self, output: Tensor, x: Tensor, time: float | Tensor) -> Tensor:
+        """Noise prediction from what a preconditioned network says of all the rows `x`."""
+        channels = x.shape[1]
+        eps = self.process.to_eps(output[:, :channels], x, time)
+        return eps if output.shape[1] == channels else torch.cat([eps, output[:, channels:].float()], dim=1)
 
     def _routed(self, plan: StepPlan, time: float | Tensor, rows: Rows) -> StepPlan:
         """Fill in the expert of each row from its noise level, where the network has several."""

@@ -2,7 +2,10 @@
 
 A process gives the marginals ``x_t = alpha(t) x_0 + sigma(t) eps`` with ``alpha^2 + sigma^2 = 1``.
 Log-SNR, ``log(alpha^2 / sigma^2)``, is the axis all processes share: each one only says how its own time maps to
-log-SNR and back, and everything else follows from that. Two kinds:
+log-SNR and back, and everything else follows from that. The kinds of this file feed the network x as it is and read
+its output F as eps. In the terms of Karras et al. 2022 (arXiv 2206.00364, table 1), where x_e = x / alpha, s = sigma /
+alpha and D(x_e; s) = c_skip x_e + c_out F(c_in x_e; c_noise), that is c_skip = 1, c_out = -s, c_in = 1 / sqrt(1 + s^2):
+its column "VP" for ``VPSDE``, "iDDPM" for ``Discrete`` with the cosine table. The other two are in ``edm``. Here:
 
 * ``VPSDE``: continuous time t in (0, 1] (Song et al. 2021, arXiv 2011.13456, eq. 32-33), as in pixel U-ViT.
 * ``Discrete``: a table of noise levels whose time is an index, starting at 0 (Ho et al. 2020, arXiv 2006.11239; DiT)
@@ -26,6 +29,12 @@ from gearshift.runtime.errors import UsageError
 TRAINING_INDEX_MAX = 999.0
 """Upper end of the training-index axis: published schedules speak of 1000 indices, whatever the process."""
 
+LEAST_PROBABILITY = 2.0**-53
+"""Quantiles are taken at least this far from the ends of [0, 1] where those would have no noise or no signal."""
+
+INDEX_ROUNDING = 1e-9
+"""What counts as rounding in an index that was derived from a log-SNR or a probability."""
+
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 
 
@@ -43,6 +52,9 @@ class Process(ABC):
         num_steps: size of the table of noise levels (for a continuous process: of the table made for table-based
             solvers).
         t_min, t_max: least and most noisy time that solvers visit by default.
+        preconditioned: whether the network sees ``precondition(x, t)`` and its output becomes eps by ``to_eps``; else
+            it sees x and gives eps.
+        evenly_timed: whether solvers space calls evenly in time; else evenly in index (``time_of_index``).
     """
 
     name: str
@@ -50,6 +62,8 @@ class Process(ABC):
     num_steps: int
     t_min: float
     t_max: float
+    preconditioned: bool = False
+    evenly_timed: bool = True
 
     @abstractmethod
     def log_snr(self, t: Tensor | float) -> Tensor:
@@ -74,6 +88,25 @@ class Process(ABC):
     @abstractmethod
     def times_from_uniform(self, u: Tensor) -> Tensor:
         """Training times, float64 [B], from ``u`` [B] uniform in [0, 1)."""
+
+    @abstractmethod
+    def cdf(self, t: Tensor | float) -> Tensor:
+        """Probability that a training time is at most ``t``, float64 in [0, 1]; any ``t``, infinity included."""
+
+    @abstractmethod
+    def quantile(self, p: Tensor | float) -> Tensor:
+        """Least time whose :meth:`cdf` reaches ``p`` in [0, 1], float64; always a time with noise and signal left.
+
+        A draw from the training times in (a, b] is ``quantile(p)`` with p uniform in (cdf(a), cdf(b)].
+        """
+
+    def precondition(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """What the network sees of ``x`` [n, ...] (``alpha x_0 + sigma eps``) at ``t``, a number or [n]."""
+        return x
+
+    def to_eps(self, output: Tensor, x: Tensor, t: Tensor | float) -> Tensor:
+        """The noise prediction [n, ...] that ``output`` of the network means, for ``x`` and ``t`` as it saw them."""
+        return output
 
     def alpha_bar(self, t: Tensor | float) -> Tensor:
         """Fraction of signal variance, alpha(t)^2, float64 in (0, 1]."""
@@ -173,6 +206,12 @@ class VPSDE(Process):
         # 1 - u, not u: the same distribution, but on (0, 1], where log-SNR is finite.
         return 1.0 - u.to(torch.float64)
 
+    def cdf(self, t: Tensor | float) -> Tensor:
+        return as_time(t).clamp(0, 1)
+
+    def quantile(self, p: Tensor | float) -> Tensor:
+        return as_time(p).clamp(LEAST_PROBABILITY, 1)
+
 
 @dataclass
 class DiscreteConfig:
@@ -263,3 +302,12 @@ class Discrete(Process):
 
     def times_from_uniform(self, u: Tensor) -> Tensor:
         return self.time_of_index((u.to(torch.float64) * self.num_steps).floor())
+
+    def cdf(self, t: Tensor | float) -> Tensor:
+        # A time that falls short of an entry by rounding only has reached it.
+        reached = (as_time(t) - self.config.first_index + INDEX_ROUNDING).floor() + 1
+        return reached.clamp(0, self.num_steps) / self.num_steps
+
+    def quantile(self, p: Tensor | float) -> Tensor:
+        index = (as_time(p) * self.num_steps - INDEX_ROUNDING).ceil() - 1
+        return self.time_of_index(index.clamp(0, self.num_steps - 1))

@@ -25,6 +25,7 @@ from gearshift.evaluation.document import (
 from gearshift.evaluation.pareto import measure_name, quality_against_cost, quality_key
 from gearshift.evaluation.protocols import comparable, groups, letter, marks_of, warnings_of
 from gearshift.evaluation.report import how_to_read, legend, paper_table
+from gearshift.evaluation.savings import savings
 from gearshift.evaluation.stored import Evaluated
 from gearshift.evaluation.table import Row, direction, is_number, results_table
 from gearshift.evaluation.tabular import Table
@@ -33,6 +34,10 @@ from gearshift.runtime.files import atomic_write, slug
 
 FORMAT = "comparison 1"
 """What `format` says in comparison.json: no result of one evaluation, which reading would take it for."""
+
+
+_KEPT = ("run", "name", "protocol", "conditions", "command", "versions", "stages", "training")
+"""What comparison.json repeats of each evaluation; null where it has none."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class Comparison:
         rows: of all, with names "LABEL: ROW" and the label as `evaluation`.
         marks: for every key whose values have more than one protocol (times: conditions), the mark of every row.
         warnings: what differs between protocols, conditions and settings.
+        savings: whether each evaluation after the first saves training, sampling or neither against it, in MACs.
     """
 
     evaluations: tuple[Evaluated, ...]
     rows: tuple[Row, ...]
     marks: dict[str, list[str]]
     warnings: tuple[str, ...]
+    savings: tuple[str, ...] = ()
 
     @property
     def table(self) -> Table:
@@ -78,7 +85,8 @@ def compare(evaluations: Sequence[Evaluated]) -> Comparison:
         warnings += [
             f"{item.label}: {line}" for k in ("warnings", "timing_warnings") for line in item.results.get(k) or ()
         ]
-    return Comparison(tuple(evaluations), tuple(rows), marks, tuple(warnings))
+    found = savings({item.label: item.results for item in evaluations})
+    return Comparison(tuple(evaluations), tuple(rows), marks, tuple(warnings), tuple(found))
 
 
 def drawn_key(comparison: Comparison) -> str | None:
@@ -106,6 +114,8 @@ def write_comparison(folder: str | Path, comparison: Comparison) -> Path:
     blocks: list[Block] = [Tabled(table), Text(_legend(comparison), quiet=True)]
     if comparison.warnings:
         blocks.append(Bullets(comparison.warnings, warn=True))
+    if comparison.savings:
+        blocks += [Heading("Saved or not, in MACs alone"), Bullets(comparison.savings)]
     figure = _figure(comparison)
     blocks += [figure] if figure is not None else []
     blocks += [Heading("How to read this"), Bullets(_how_to_read(comparison))]
@@ -157,13 +167,14 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             {
                 "label": item.label,
                 "path": str(item.path),
-                **{k: item.results.get(k) for k in ("run", "name", "protocol", "conditions", "command", "versions")},
+                **{k: item.results.get(k) for k in _KEPT},
             }
             for item in comparison.evaluations
         ],
         "protocols": named,
         "rows": rows,
         "warnings": list(comparison.warnings),
+        "savings": list(comparison.savings),
     }
     found: dict[str, Any] = strict(out)
     return found

@@ -139,6 +139,12 @@ COSTS: Mapping[str, Cost] = {
     "gflops_per_call": Cost(
         "GFLOPs per network call that was made (2 per MAC)", lambda r: _ratio(r, "flops_per_image", 1e9, "calls")
     ),
+    "calls": Cost("network calls per image, in all guidance branches", lambda r: _ratio(r, "calls", 1)),
+    "gmacs_conv_linear": Cost("GMACs of a call in convolutions and linear layers alone, averaged; profile gives them"),
+    "iterations": Cost("training steps, from its configuration"),
+    "pflops": Cost("training steps times MACs of an image, as the paper counts; evaluate has all MACs of a training"),
+    "t1": Cost("time at which the first stage ends, from its configuration"),
+    "t2": Cost("time at which the second stage ends, from its configuration"),
     "params_m": Cost("million parameters of the network, from its configuration"),
     "gflops_conv_linear_per_call": Cost(
         "GFLOPs per call without attention products; evaluate counts those too, so gmacs_per_call is what compares"

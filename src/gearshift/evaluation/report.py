@@ -30,6 +30,7 @@ from gearshift.evaluation.document import (
     to_markdown,
 )
 from gearshift.evaluation.speed_table import classes_table, latency_table, scaling_table, spread_table, throughput_table
+from gearshift.evaluation.stage_table import cost_blocks
 from gearshift.evaluation.table import IDENTICAL, NOT_MEASURED, Row, is_distance, is_number, results_table
 from gearshift.evaluation.tabular import Table, latex, markdown
 from gearshift.runtime.errors import RunError
@@ -68,8 +69,9 @@ def write_report(folder: str | Path, results: Mapping[str, Any], pictures: Pictu
     """Write the report into `folder` (made where it is missing) and return the path of `report.html`.
 
     results: `run` and `rows` (dicts with `name` and whatever was measured; None where not), and optionally `protocol`,
-        `conditions`, `versions` (flat dicts), `scaling`, `command`, `warnings` and `timing_warnings` (lines) and
-        `unavailable` (dicts of `name`, `reason`, `fetch`). Non-finite numbers are written as null.
+        `conditions`, `versions` (flat dicts), `scaling`, `stages`, `training`, `command`, `warnings` and
+        `timing_warnings` (lines) and `unavailable` (dicts of `name`, `reason`, `fetch`). Non-finite numbers are written
+        as null.
 
     Raises ValueError for row names that are not unique and for pictures of names that no row has, RunError when the
     disk refuses.
@@ -209,7 +211,7 @@ def _details(results: Mapping[str, Any], rows: Sequence[Row]) -> list[Block]:
     for title, table in (("Spread over images", spread_table(rows)), ("Label agreement by class", classes_table(rows))):
         if table:
             blocks += [Heading(title), Tabled(table)]
-    return blocks
+    return blocks + cost_blocks(results)
 
 
 def legend(rows: Sequence[Row]) -> str:

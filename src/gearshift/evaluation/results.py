@@ -17,7 +17,9 @@ from gearshift.evaluation.evaluate import Evaluator
 from gearshift.evaluation.paired import PSNR_PROTOCOL, ssim_protocol
 from gearshift.evaluation.report import Pictures
 from gearshift.evaluation.settings import EvaluationConfig
+from gearshift.evaluation.stage_costs import account
 from gearshift.evaluation.throughput import BUSY
+from gearshift.evaluation.training_costs import TrainedBy, training_cost, training_mix
 from gearshift.evaluation.weights import Unavailable
 
 FORMAT = 2
@@ -35,19 +37,23 @@ def results(
     overrides: Sequence[str] = (),
     *,
     ema: bool = True,
+    trained: TrainedBy | None = None,
 ) -> dict[str, Any]:
     """The dict, ready for JSON; `overrides` are those of the command line, `ema` whether weights are the averaged
-    ones."""
+    ones, `trained` how they came about, where that is known."""
     s = evaluator.settings
     some = next(iter(evaluator.rows.values()))
     data = evaluator.reference
-    labels = some.row.sampler.cond(torch.zeros(1, dtype=torch.int64, device=some.row.sampler.device))
+    prompts = some.row.sampler.prompts
+    labels = None
+    if prompts is None:
+        labels = some.row.sampler.cond(torch.zeros(1, dtype=torch.int64, device=some.row.sampler.device))
     protocol: dict[str, Any] = {
         "images": f"{s.num_images}, indices {s.start}..{s.stop - 1}"
         + (f" in {s.repeats} disjoint repeats of {s.num_images}, mean and sd over them" if s.repeats > 1 else ""),
         "seed": s.seed,
         "chunk": s.chunk,
-        "labels": "none" if labels is None else s.labels,
+        "labels": prompts.describe() if prompts is not None else "none" if labels is None else s.labels,
         "guidance": _guidance(s),
         "ema": ema,
         "weights": f"sha256 {evaluator.weights[:16]}",
@@ -100,6 +106,23 @@ def results(
     }
     if evaluator.scaling is not None:
         out["scaling"] = evaluator.scaling
+    return out | costs(evaluator, trained)
+
+
+def costs(evaluator: Evaluator, trained: TrainedBy | None) -> dict[str, Any]:
+    """`stages`, of networks with several paths: parameters, MACs and averages, one of them under the calls of each
+    solver; and `training`, where it is known what the objective computes."""
+    denoiser = next(iter(evaluator.rows.values())).row.sampler.denoiser
+    network, process, table = denoiser.network, denoiser.process, evaluator.table
+    out: dict[str, Any] = {}
+    if len(network.paths) > 1:
+        full = [done.row for done in evaluator.rows.values() if done.row.is_full]
+        solvers = {row.solver: row.sampler.calls() for row in full}
+        mix = None if trained is None else training_mix(network, process, trained.objective)
+        out["stages"] = account(network, table, process, solvers, mix)
+    cost = None if trained is None else training_cost(network, table, process, trained.objective, trained.frozen)
+    if trained is not None and cost is not None:
+        out["training"] = cost.as_json(trained)
     return out
 
 

@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, Any]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise RunError(f"{path} has several rows named {twice[0]!r}, and names tell rows apart; {again}")
-    kinds = {"protocol": dict, "conditions": dict}
+    kinds = {"protocol": dict, "conditions": dict, "stages": dict, "training": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(results.get(key) or {}, kind)]
     if wrong:
         raise RunError(

@@ -99,9 +99,11 @@ def sha256_of(path: Path) -> str:
 
 
 def weights_digest(network: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and bytes of everything a network stores, in hexadecimal."""
+    """SHA-256 over names, shapes, types and bytes of everything a network stores, in hexadecimal; and of the features
+    of the empty string, which guidance of a text model depends on."""
     digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
+    beside = {name: value for name, value in network.named_buffers() if name.rpartition(".")[2] == "null_context"}
+    for name, value in sorted({**network.state_dict(), **beside}.items()):
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         # As bytes: NumPy has no bfloat16.
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

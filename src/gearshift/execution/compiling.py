@@ -14,8 +14,9 @@ from gearshift.execution.network import Network
 from gearshift.runtime.errors import UsageError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-GRAPHS = 64
-"""Graphs that one class of blocks may have: sizes x with and without a skip x gradients x precisions x layouts."""
+GRAPHS = 512
+"""Graphs that one class of blocks may have: widths and sizes (a U-Net has some dozens) x with and without a skip x
+gradients x precisions x layouts."""
 
 
 def compile_blocks(network: Network, mode: str | None = None) -> None:
@@ -36,6 +37,9 @@ def compile_blocks(network: Network, mode: str | None = None) -> None:
     # Past its limit, 8 by default, the compiler goes on uncompiled.
     name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
     setattr(settings, name, max(getattr(settings, name), GRAPHS))
+    total = "accumulated_recompile_limit" if hasattr(settings, "accumulated_recompile_limit") else None
+    if total is not None:
+        setattr(settings, total, max(getattr(settings, total), 4 * GRAPHS))
     for index in range(len(network.blocks)):
         block = network.blocks[index]
         if isinstance(block, nn.Module):

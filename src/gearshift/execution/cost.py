@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gearshift.execution.memory import NO_SLOT, Slot
-from gearshift.execution.network import Network
+from gearshift.execution.network import Network, common_prefix
 from gearshift.execution.outputs import Event
 from gearshift.execution.stream import Stream
 
@@ -27,7 +27,11 @@ REUSED_IN_BLOCK = ("qk", "map", "output")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """MACs of one row: in layers with weights (convolutions, linear), and in attention products."""
+    """MACs of one row: in layers (linear, and convolutions whose weights are learnt), and in all other products.
+
+    The others are those of attention, and what counters of layers do not see: filters that resample, and projections
+    that are written as matrix products (NIN of Score SDE). `linear` is what papers print as "GFLOPs" without attention.
+    """
 
     linear: int = 0
     attention: int = 0
@@ -58,7 +62,7 @@ class CostTable:
             cond: conditioning of one row ([1] labels or [1, L, D] text); None takes the backbone's own kind with the
                 shapes it declares.
         """
-        twin = _meta_twin(backbone)
+        twin = meta_twin(backbone)
         meta_cond = twin.example_cond(1) if cond is None else cond.to("meta")
         entries: dict[tuple[str, int, int, str], Cost] = {}
         with torch.no_grad():
@@ -88,8 +92,13 @@ def _measure_path(
 ) -> None:
     size = twin.image_size
     x = torch.empty(1, twin.in_channels, size, size, device="meta")
-    stream, entries["embed", path, 0, "full"] = _count(twin.embed, x, torch.empty(1, device="meta"), cond)
+
+    def embed() -> Stream:
+        return twin.enter(twin.embed(x, torch.empty(1, device="meta"), cond), path)
+
+    stream, entries["embed", path, 0, "full"] = _count(embed)
     blocks, exits = twin.paths[path], twin.exits(path)
+    known = common_prefix([twin.paths[0], blocks]) if path else 0  # measured on the first path
     for depth in range(len(blocks) + 1):
         if depth in exits:
             _, entries["readout", path, depth, "full"] = _count(twin.readout, stream.hidden, stream.cond, depth, path)
@@ -97,15 +106,44 @@ def _measure_path(
                 _, cost = _count(twin.uncertainty, stream.hidden, stream.time, depth, path)
                 entries["uncertainty", path, depth, "full"] = cost
         if depth < len(blocks):
-            _measure_block(twin, path, blocks[depth], stream, entries)
+            _measure_block(twin, path, blocks[depth], stream, entries, known=depth < known)
 
 
 def _measure_block(
-    twin: Network, path: int, index: int, stream: Stream, entries: dict[tuple[str, int, int, str], Cost]
+    twin: Network,
+    path: int,
+    index: int,
+    stream: Stream,
+    entries: dict[tuple[str, int, int, str], Cost],
+    *,
+    known: bool,
 ) -> None:
-    """Count one block in every mode, and move the stream past it."""
+    """Count one block in every mode (unless its costs on path 0 are known), and move the stream past it."""
     block = twin.blocks[index]
     skip = stream.pop() if index in twin.pops else None
+    if known:
+        for mode in ("full", "block", "bypass", *REUSED_IN_BLOCK):
+            entries["block", path, index, mode] = entries["block", 0, index, mode]
+        after = block(stream.hidden, stream.cond, skip, NO_SLOT)
+    else:
+        after = _count_modes(twin, path, index, stream, skip, entries)
+    stream.hidden = after
+    if index in twin.pushes:
+        stream.push()
+    if index in twin.carries:
+        stream.cond = {**stream.cond, twin.carries[index]: stream.hidden}
+
+
+def _count_modes(
+    twin: Network,
+    path: int,
+    index: int,
+    stream: Stream,
+    skip: Tensor | None,
+    entries: dict[tuple[str, int, int, str], Cost],
+) -> Tensor:
+    """Count one block in every mode; its output."""
+    block = twin.blocks[index]
     kept = Slot(wanted=frozenset(REUSED_IN_BLOCK))
     block(stream.hidden, stream.cond, skip, kept)
     after, full = _count(block, stream.hidden, stream.cond, skip, NO_SLOT)
@@ -118,12 +156,11 @@ def _measure_block(
         if held:
             _, cost = _count(block, stream.hidden, stream.cond, skip, Slot(part, frozenset(), held))
         entries["block", path, index, part] = cost
-    stream.hidden = after
-    if index in twin.pushes:
-        stream.push()
+    result: Tensor = after
+    return result
 
 
-def _meta_twin(backbone: Network) -> Network:
+def meta_twin(backbone: Network) -> Network:
     """A copy on the meta device, without copying any weight."""
     memo: dict[int, Any] = {}
     for parameter in backbone.parameters():
@@ -133,8 +170,11 @@ def _meta_twin(backbone: Network) -> Network:
     return copy.deepcopy(backbone, memo)
 
 
-class _Projections(TorchFunctionMode):
-    """Adds up the batched products that are linear layers: torch runs one so where its input is not contiguous."""
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+class _Layers(TorchFunctionMode):
+    """Adds up what runs in layers: `F.linear`, and convolutions with a parameter for a weight."""
 
     def __init__(self, counter: FlopCounterMode) -> None:
         super().__init__()
@@ -142,23 +182,20 @@ class _Projections(TorchFunctionMode):
         self.flops = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is not F.linear:
-            return func(*args, **(kwargs or {}))
-        before = _batched(self.counter)
-        result = func(*args, **(kwargs or {}))
-        self.flops += _batched(self.counter) - before
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if func not in _CONVOLUTIONS or not isinstance(weight, nn.Parameter):
+                return func(*args, **kwargs)
+        before = self.counter.get_total_flops()
+        result = func(*args, **kwargs)
+        self.flops += self.counter.get_total_flops() - before
         return result
-
-
-def _batched(counter: FlopCounterMode) -> int:
-    counts = counter.get_flop_counts().get("Global", {})
-    return sum(flops for op, flops in counts.items() if "attention" in str(op) or "bmm" in str(op))
 
 
 def _count(call: Callable[..., Any], *arguments: Any) -> tuple[Any, Cost]:
     counter = FlopCounterMode(display=False)
-    projections = _Projections(counter)
-    with counter, projections:
+    layers = _Layers(counter)
+    with counter, layers:
         result = call(*arguments)
-    attention = (_batched(counter) - projections.flops) // 2
-    return result, Cost(counter.get_total_flops() // 2 - attention, attention)
+    return result, Cost(layers.flops // 2, (counter.get_total_flops() - layers.flops) // 2)

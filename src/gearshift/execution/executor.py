@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gearshift.execution.exits import ExitView
 from gearshift.execution.memory import NO_SLOT, Memory, Slot
-from gearshift.execution.network import Network
+from gearshift.execution.network import Network, common_prefix
 from gearshift.execution.outputs import PACK, Event, Outputs, Packing
 from gearshift.execution.plan import StepPlan
 from gearshift.execution.stream import Rows, Stream, adjacent, gather, to_device
@@ -48,7 +48,7 @@ class _Execution:
         self.backbone, self.plan, self.memory, self.packing = backbone, plan, memory, packing
         self.rows = stream.rows
         self.device = stream.hidden.device
-        self.trace: list[Event] = [Event("embed", 0, 0, "full", stream.rows)]
+        self.trace: list[Event] = []
         self.unread: list[tuple[int, int, Rows, Tensor, dict[str, Tensor]]] = []
         self.finished: list[tuple[Rows, Tensor]] = []
         self.depth = torch.zeros(stream.rows.total, dtype=torch.int64)
@@ -74,19 +74,23 @@ class _Execution:
 
     def run(self, stream: Stream) -> Outputs:
         used = self._route(stream.rows)
+        for path, here in self._by_path(stream.rows):
+            rows = stream.rows if len(here) == len(stream.rows) else stream.rows.take(here)
+            self.trace.append(Event("embed", path, 0, "full", rows))
         alive = torch.ones(len(stream.rows), dtype=torch.bool)
         if len(used) == 1:
-            self._walk(stream, alive, used[0], 0)
+            self._walk(self.backbone.enter(stream, used[0]), alive, used[0], 0)
         else:
             # Shared blocks run once for everybody; only what goes on is split.
-            prefix = _common_prefix([self.backbone.paths[path] for path in used])
+            prefix = common_prefix([self.backbone.paths[path] for path in used])
             previous: Tensor | None = None
             if prefix:
                 stream, alive, previous = self._walk(stream, alive, used[0], 0, until=prefix)
             for path, here in self._by_path(stream.rows):
                 if self._runs_on(alive[here]):
                     before = None if previous is None else gather(previous, here)
-                    self._walk(stream.take(here), alive[here], path, prefix, previous=before)
+                    part = stream.take(here) if prefix else self.backbone.enter(stream.take(here), path)
+                    self._walk(part, alive[here], path, prefix, previous=before)
         self._read()
         depth = self.depth if self.rows.index is None else self.depth[self.rows.index]
         return Outputs(
@@ -324,6 +328,8 @@ class _Execution:
             stream.hidden = self._after(stream, path, block, skip, alive, dropped)
         if block in self.backbone.pushes:
             stream.push()
+        if block in self.backbone.carries:
+            stream.cond = {**stream.cond, self.backbone.carries[block]: stream.hidden}
 
     def _after(
         self, stream: Stream, path: int, block: int, skip: Tensor | None, alive: Tensor, dropped: bool
@@ -390,10 +396,3 @@ class _Execution:
             values = {name: tensors for name, tensors in slot.stored.items() if name.rsplit(".", 1)[-1] == part}
             if values and bool(keep.any()):
                 memory.write((block, part), rows, values, keep)
-
-
-def _common_prefix(paths: Sequence[tuple[int, ...]]) -> int:
-    length = 0
-    while all(len(path) > length for path in paths) and len({path[length] for path in paths}) == 1:
-        length += 1
-    return length

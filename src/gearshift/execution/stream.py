@@ -122,6 +122,10 @@ class Stream:
             skips=list(self.skips),
         )
 
+    def belong_to(self, rows: Rows) -> None:
+        """Say which of a run's rows these are, of a stream that was embedded as if they were all."""
+        self.rows, self.skips = rows, [Skip(skip.hidden, rows) for skip in self.skips]
+
     def push(self) -> None:
         """Push the hidden state as a long skip."""
         self.skips.append(Skip(self.hidden, self.rows))

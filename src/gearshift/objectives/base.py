@@ -29,6 +29,7 @@ class Batch:
         micro_batch: number of the micro-batch since the start of training.
         host_slot: `slot` on the host, where it is known there; objectives that decide on the host wait for the device
             once per micro-batch without it.
+        augment: labels [B, 9] of the augmentation pipe (`data.augment`), None without one.
     """
 
     images: Tensor
@@ -36,6 +37,7 @@ class Batch:
     slot: Tensor
     micro_batch: int
     host_slot: Tensor | None = None
+    augment: Tensor | None = None
 
     def take(self, order: Tensor) -> Batch:
         """The samples at `order` (host int64, any order); their draws go with them."""
@@ -46,6 +48,7 @@ class Batch:
             self.slot.index_select(0, on_device),
             self.micro_batch,
             None if self.host_slot is None else self.host_slot[order],
+            None if self.augment is None else self.augment.index_select(0, on_device),
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gearshift.backbones.base import check_text
 from gearshift.diffusion.denoiser import Denoiser, Held, Prediction
 from gearshift.diffusion.solvers.base import Call, Solver
 from gearshift.execution.cost import CostTable
@@ -18,6 +19,7 @@ from gearshift.policies.base import Policy, RunInfo
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
 from gearshift.sampling.ledger import Ledger, LedgerData
+from gearshift.sampling.prompts import Prompts
 from gearshift.sampling.switching import DepthWatch
 
 LABELS = ("uniform", "balanced")
@@ -38,6 +40,7 @@ class Sampler:
         guidance_channels: guide the first so many channels (3 of 4 in the official DiT); None guides all.
         guidance_interval: least and greatest log-SNR of a call that is guided; the others run the conditional branch
             alone. None guides every call.
+        prompts: of networks that take text, instead of labels.
     """
 
     denoiser: Denoiser
@@ -51,6 +54,7 @@ class Sampler:
     packing: Packing = PACK
     guidance_channels: int | None = None
     guidance_interval: tuple[float, float] | None = None
+    prompts: Prompts | None = None
 
     def check(self) -> None:
         """Raises UsageError where solver, policy, guidance or labels do not fit the network."""
@@ -71,6 +75,8 @@ class Sampler:
                 f"guidance_interval={list(self.guidance_interval)} is empty; give the least log-SNR that is guided, "
                 "then the greatest"
             )
+        if self.prompts is not None:
+            check_text(network, self.prompts.shape, "prompts")
         if network.cond_kind == "class":
             known = network.num_classes or 0
             if isinstance(self.labels, str) and self.labels not in LABELS:
@@ -90,12 +96,16 @@ class Sampler:
         return self.solver.calls(self.denoiser.process)
 
     def cond(self, index: Tensor) -> Tensor | None:
-        """Conditioning of images `index` (int64 [B]): labels [B], or None."""
+        """Conditioning of images `index` (int64 [B]): labels [B], text [B, L, D], or None."""
         network = self.denoiser.network
         if network.cond_kind == "none":
             return None
+        if self.prompts is not None:
+            return self.prompts.cond(index)
         if network.cond_kind != "class" or network.num_classes is None:
-            raise UsageError(f"{network.name} takes {network.cond_kind} conditioning; pass it as cond=")
+            raise UsageError(
+                f"{network.name} takes {network.cond_kind} conditioning; pass it as cond= (or as prompts=)"
+            )
         if isinstance(self.labels, int):
             return torch.full_like(index, self.labels)
         if self.labels == "balanced":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from gearshift.data.augment import AugmentPipe
 from gearshift.data.dataset import ImageDataset
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.objectives.base import Draws, Objective
 from gearshift.runtime.errors import RunError
+from gearshift.training import dropout
 from gearshift.training.checkpoint import FORMAT, KEY, PREFIX, check_state
 from gearshift.training.config import TrainerConfig
 from gearshift.training.ema import Ema
@@ -35,6 +38,7 @@ class DiffusionTraining(pl.LightningModule):
         dataset: the train split.
         config_text: what decides the weights, to be kept in checkpoints.
         flip: mirror images with probability one half.
+        augment: transforms images, and tells the network how.
     """
 
     def __init__(
@@ -46,10 +50,11 @@ class DiffusionTraining(pl.LightningModule):
         *,
         config_text: str,
         flip: bool = False,
+        augment: AugmentPipe | None = None,
     ) -> None:
         super().__init__()
         self.config, self.denoiser, self.objective = config, denoiser, objective
-        self.config_text, self.flip = config_text, flip
+        self.config_text, self.flip, self.augment = config_text, flip, augment
         self.micro_batch = 0
         self.seconds = 0.0  # spent in training, over all the times it was resumed
         self.saved_step: int | None = None
@@ -61,6 +66,7 @@ class DiffusionTraining(pl.LightningModule):
         self._restored: dict[str, Any] | None = None
         self._at_once = False
         self._slots = torch.empty(0, dtype=torch.int64)
+        self._drops = dropout.drops(denoiser.network)
         freeze(denoiser.network, config.freeze)
 
     def configure_optimizers(self) -> AdamW:
@@ -80,14 +86,18 @@ class DiffusionTraining(pl.LightningModule):
             stop=start + share,
             device=device,
             flip=self.flip,
+            augment=self.augment,
             labelled=network.cond_kind == "class",
+            captioned=network.cond_kind == "text",
         )
-        if self.config.ema_decay is not None:
-            self.ema = Ema(network, self.config.ema_decay, warmup=self.config.ema_warmup)
+        average = self.config.average
+        if average is not None:
+            own_clocks = self.config.ema_clock == "stage"
+            self.ema = Ema(network, average, warmup=self.config.ema_warmup, own_clocks=own_clocks)
         if self._restored is not None:
             own, self._restored = self._restored, None
             if self.ema is not None:
-                self.ema.load(own["ema"]["weights"], own["ema"]["updates"])
+                self.ema.load(own["ema"]["weights"], own["ema"]["updates"], own["ema"].get("clocks"))
             self.meter.load(**own["meter"], device=device)
         # On the host a look at the loss costs nothing. Elsewhere it would wait for the device, and several processes
         # have to stop together: then `Boundary` looks.
@@ -97,12 +107,19 @@ class DiffusionTraining(pl.LightningModule):
         """The loss of this process's slice of a micro-batch."""
         assert self._feed is not None and number == self.micro_batch
         batch = replace(self._feed.batch(number), host_slot=self._slots)
-        terms = self.objective.loss(self.denoiser, batch, Draws(self.config.seed, batch))
+        with self._drawn(number):
+            terms = self.objective.loss(self.denoiser, batch, Draws(self.config.seed, batch))
         self.meter.add(number, terms)
         if self._at_once and self.meter.last_not_finite():
             self.check_finite()
         self.micro_batch += 1
         return terms["loss"]
+
+    def _drawn(self, micro_batch: int) -> AbstractContextManager[None]:
+        """Within it dropout draws what belongs to this process's slice of a micro-batch."""
+        if not self._drops:
+            return nullcontext()
+        return dropout.keyed(self.config.seed, micro_batch, self.trainer.global_rank, self.device)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         for group in optimizer.param_groups:
@@ -120,10 +137,13 @@ class DiffusionTraining(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raw weights under Lightning's names, whatever the network holds just now, and the rest under our own."""
-        average = None
+        average: dict[str, Any] | None = None
         if self.ema is not None:
             checkpoint["state_dict"] = {PREFIX + name: value for name, value in self.ema.weights().items()}
             average = {"weights": self.ema.average(), "updates": self.ema.updates}
+            clocks = self.ema.clocks()
+            if clocks is not None:
+                average["clocks"] = clocks
         checkpoint[KEY] = {
             "format": FORMAT,
             "config": self.config_text,
@@ -142,7 +162,7 @@ class DiffusionTraining(pl.LightningModule):
             network,
             "the checkpoint",
         )
-        if self.config.ema_decay is not None:
+        if self.config.average is not None:
             check_state(own["ema"]["weights"], network, "the average in the checkpoint")
         self.micro_batch, self.seconds, self.saved_step = own["micro_batch"], own["seconds"], own["step"]
         self._restored = own

@@ -22,10 +22,13 @@ from lightning.pytorch.plugins.environments import (
 )
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from gearshift.backbones.base import check_text
+from gearshift.data.augment import AugmentPipe
 from gearshift.data.dataset import ImageDataset
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.execution.compiling import compile_blocks
 from gearshift.objectives.base import Objective
+from gearshift.objectives.staged import Staged
 from gearshift.runtime import launch
 from gearshift.runtime.errors import UsageError, UserError
 from gearshift.runtime.loggers import MetricLogger
@@ -50,6 +53,7 @@ def train(
     run: RunFolder,
     config_text: str,
     flip: bool = False,
+    augment: AugmentPipe | None = None,
     logger: MetricLogger | None = None,
 ) -> dict[str, Any]:
     """Trains the denoiser's network and leaves checkpoints and metrics.csv in the run folder.
@@ -62,6 +66,7 @@ def train(
         run: the folder, which this locks while it works.
         config_text: what decides the weights, as JSON or YAML; a checkpoint made under another one is refused.
         flip: mirror images with probability one half.
+        augment: transforms images, and tells the network how.
         logger: besides metrics.csv.
 
     Returns:
@@ -81,6 +86,8 @@ def train(
         _check_processes(config)
         check_fit(denoiser, dataset)
         objective.check(denoiser.network)
+        if isinstance(objective, Staged):  # which sees the process only here
+            objective.stages(denoiser.network, denoiser.process)
         path = checkpoint.latest(run)
         begun = 0
         if path is not None:
@@ -89,7 +96,9 @@ def train(
             begun = int(found[checkpoint.KEY]["step"])
             del found
             note(f"resuming {run.path} after step {begun} of {config.max_steps}")
-        module = DiffusionTraining(config, denoiser, objective, dataset, config_text=config_text, flip=flip)
+        module = DiffusionTraining(
+            config, denoiser, objective, dataset, config_text=config_text, flip=flip, augment=augment
+        )
         module.train()
         if config.compile:
             compile_blocks(denoiser.network)
@@ -146,9 +155,7 @@ def check_fit(denoiser: Denoiser, dataset: ImageDataset) -> None:
             f"{wants[0]}x{wants[1]}x{wants[1]}; choose a backbone for these images"
         )
     if network.cond_kind == "text":
-        raise UsageError(
-            f"{network.name} is conditioned on text and data {dataset.name} has none; choose another backbone"
-        )
+        check_text(network, None if dataset.text is None else dataset.text.shape, f"data {dataset.name}")
     if network.cond_kind == "class":
         known = network.num_classes or 0
         if dataset.labels is None or dataset.num_classes is None:

@@ -28,6 +28,7 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "gearshift train -m experiment=digits seed=1,2",
             "gearshift train experiment=deediff/cifar10 trainer=gpu trainer.devices=4",
             "gearshift train experiment=digits +debug=tiny",
+            "gearshift train experiment=multistage/digits backbone.boundaries=FILE_OF_STAGES",
         ),
     ),
     "sample": (
@@ -37,6 +38,7 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "gearshift sample run=runs/digits/HASH",
             "gearshift sample run=RUN policy=uncertainty_exit policy.threshold=0.1 solver=dpmpp_2m solver.steps=20",
             "gearshift sample run=RUN guidance=1.5 labels=7 num_images=64 seed=3",
+            "gearshift sample run=RUN prompts=FILE guidance=2",
         ),
     ),
     "evaluate": (
@@ -61,8 +63,22 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "encode": (
         "encode",
-        "an image data set to latents of an autoencoder; the same command again resumes",
-        ("gearshift encode data=imagenet data.path=DIR out=LATENTS devices=4",),
+        "an image data set, and its captions, to latents of an autoencoder; the same command again resumes",
+        (
+            "gearshift encode data=imagenet data.path=DIR out=LATENTS devices=4",
+            "gearshift encode data=coco data.path=DIR out=LATENTS flips=false scale=0.2301 shard=512",
+        ),
+    ),
+    "stages": (
+        "stages",
+        "where a multi-stage model changes networks: boundaries found on a data set, to a file and a plot",
+        (
+            "gearshift stages data=cifar10 data.path=DIR process=vp",
+            "gearshift stages data=cifar10 process=edm mode=literal range=symmetric output=edm.yaml",
+            "gearshift stages data=cifar10 process=vp stages=4 nodes=40",
+            "gearshift stages process=vp method=log_snr",
+            "gearshift stages method=gradient_affinity run=RUN",
+        ),
     ),
     "compare": (
         "compare",
@@ -87,6 +103,7 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "gearshift profile backbone=uvit_cifar10",
             "gearshift profile backbone=uvit_cifar10 exits=adadiff policy=fixed_depth policy.depth=7",
             "gearshift profile run=RUN",
+            "gearshift profile backbone=multi_decoder_vp process=vp objective=staged baseline=unified_vp",
         ),
     ),
     "bench": (
@@ -100,12 +117,16 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "gearshift bench run=RUN policy=uncertainty_exit policy.threshold=0.1",
             "gearshift bench sampling=true run=RUN policy=uncertainty_exit 'batches=[1,8,32,128]' latency_repeats=20",
             "gearshift bench features=true batch=128",
+            "gearshift bench stages=true backbone=multi_decoder_vp exits=none process=vp batch=128",
         ),
     ),
     "import": (
         "import_weights",
         "official weights to a run folder",
-        ("gearshift import weights=cifar10_uvit_small.pth backbone=uvit_cifar10 process=vp_sde name=uvit_cifar10",),
+        (
+            "gearshift import weights=cifar10_uvit_small.pth backbone=uvit_cifar10 process=vp_sde name=uvit_cifar10",
+            "gearshift import weights=edm-cifar10-32x32-uncond-vp.pkl name=edm_cifar10",
+        ),
     ),
     "export": (
         "export_weights",

@@ -2,7 +2,8 @@
 
 The calls that are timed lie evenly over the solver's, each at the x the full computation has there. Where a run is
 given, its own heads decide who leaves; else weights are random and depths are drawn, and the heads are still paid.
-Whole generations (sampling=true) and what features add to them (features=true) are in modules of their own.
+Training steps (training=true), whole generations (sampling=true), what features add to them (features=true) and batches
+of mixed stages (stages=true) are in modules of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from gearshift.assembly import build_solver, device_of, dtype_of
+from gearshift.assembly import build_objective, build_solver, device_of, dtype_of
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.solvers.base import Call, Solver
 from gearshift.evaluation.conditions import conditions
@@ -27,9 +28,11 @@ from gearshift.policies.base import RunInfo
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.progress import Progress
+from gearshift.runtime.run import RunFolder
 from gearshift.verbs.bench_common import denoiser_of, is_busy, policies_of, tokens, verdict
 from gearshift.verbs.bench_features import run as bench_features
 from gearshift.verbs.bench_sampling import run as bench_sampling
+from gearshift.verbs.bench_stages import run as bench_stages
 from gearshift.verbs.bench_training import run as bench_training
 
 
@@ -37,7 +40,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     for name in ("batch", "strata", "repeats", "rounds"):
         if cfg[name] < 1:
             raise UsageError(f"{name}={cfg[name]} must be at least 1")
-    kinds = [name for name in ("training", "sampling", "features") if cfg[name]]
+    kinds = [name for name in ("training", "sampling", "features", "stages") if cfg.get(name)]
     if len(kinds) > 1:
         raise UsageError(f"{'=true and '.join(kinds)}=true measure different things; choose one")
     if cfg.threads is not None:
@@ -47,6 +50,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     denoiser = denoiser_of(cfg, device)
     network = denoiser.network
     table = CostTable.measure(network)
+    if cfg.get("stages"):
+        source = cfg if cfg.run is None else RunFolder.open(cfg.run).config
+        objective = build_objective(source, network) if source.get("objective") else None
+        return bench_stages(denoiser, objective, cfg, table, device, dtype)
     policies = policies_of(cfg, network)
     if cfg.training:
         return bench_training(denoiser, policies.get("policy"), cfg, device, dtype)

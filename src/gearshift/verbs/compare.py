@@ -27,6 +27,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     page = write_comparison(folder, comparison)
     width = shutil.get_terminal_size((160, 24)).columns
     print(terminal(comparison.table, width), file=sys.stderr)
+    for line in comparison.savings:
+        print(line, file=sys.stderr)
     for line in comparison.warnings:
         print(f"note: {line}", file=sys.stderr)
     print(f"comparison: {page}", file=sys.stderr)
@@ -35,4 +37,5 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "rows": len(comparison.rows),
         "evaluations": [item.label for item in evaluations],
         "warnings": list(comparison.warnings),
+        "savings": list(comparison.savings),
     }

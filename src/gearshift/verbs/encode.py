@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gearshift.assembly import device_of, dtype_of
 from gearshift.data.autoencoder import Autoencoder, locate_autoencoder
+from gearshift.data.captions import CaptionSet
 from gearshift.data.dataset import ImageSource, source_of
 from gearshift.data.latent_files import (
     DTYPES,
@@ -33,15 +34,18 @@ from gearshift.data.latent_files import (
     Manifest,
     Shard,
     read_shard,
+    stored_name,
     write_manifest,
     write_shard,
 )
 from gearshift.data.latents import Latents
+from gearshift.data.text_encoder import TextEncoder, locate_text_encoder
 from gearshift.runtime import config, launch, peers
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import atomic_write
 from gearshift.runtime.progress import Progress, note
 from gearshift.runtime.run import RunFolder
+from gearshift.verbs import encode_text
 
 # Batches read at a time while those before are encoded.
 _BLOCK = 8
@@ -53,12 +57,18 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     data = config.build(cfg.data)
     if isinstance(data, Latents):
         raise UsageError(f"data.path={cfg.data.path} holds latents already; encode takes images, e.g. data=imagenet")
+    captioned = isinstance(data, CaptionSet)
+    if cfg.text_encoder is not None and not captioned:
+        raise UsageError(f"text_encoder={cfg.text_encoder}, and the images have no captions; leave it out")
     locate_autoencoder(cfg.autoencoder)  # what cannot be found is said once, before several processes start
+    if captioned:
+        locate_text_encoder(cfg.text_encoder)
     if cfg.devices is not None:
         launch.ensure_processes(cfg.devices, ["encode", *sys.argv[1:]], multirun=_in_sweep(), name="devices")
     autoencoder = Autoencoder.load(
         cfg.autoencoder, scale=cfg.scale, device=device_of(cfg.device), dtype=dtype_of(cfg.precision)
     )
+    text = TextEncoder.load(cfg.text_encoder, device=device_of(cfg.device)) if captioned else None
     folder = Path(cfg.out).expanduser()
     with _alone(folder):  # before the others may write into it
         peers.meet()
@@ -67,13 +77,13 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         source = source_of(data, cfg.split)
         if launch.is_main():
             peers.barrier("the main process had read the data")
-        request = request_of(cfg, source, autoencoder)
+        request = request_of(cfg, source, autoencoder, text)
         if launch.is_main():
             check_request(folder, request)
-        encode(folder, source, autoencoder, request)
+        encode(folder, source, autoencoder, request, text)
         if not launch.is_main():
             return None
-        manifest = finish(folder, request, source, autoencoder, _node(cfg.data))
+        manifest = finish(folder, request, source, autoencoder, _node(cfg.data), text)
     note(f"{folder}: {manifest.count} latents, {manifest.channels} x {manifest.latent_size} x {manifest.latent_size}")
     return {
         "latents": str(folder),
@@ -85,7 +95,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     }
 
 
-def request_of(cfg: DictConfig, source: ImageSource, autoencoder: Autoencoder) -> dict[str, Any]:
+def request_of(
+    cfg: DictConfig, source: ImageSource, autoencoder: Autoencoder, text: TextEncoder | None = None
+) -> dict[str, Any]:
     """Everything that decides the bytes of the latents. Raises UsageError where images do not fit the autoencoder."""
     if source.channels not in (1, autoencoder.channels):
         raise UsageError(
@@ -106,6 +118,7 @@ def request_of(cfg: DictConfig, source: ImageSource, autoencoder: Autoencoder) -
         "batch": cfg.batch,
         "dtype": cfg.dtype,
         "precision": cfg.precision,
+        **({} if text is None else {"text_encoder": text.fingerprint}),
         "data": source.digest,  # last, because the others say better what differs
     }
 
@@ -131,7 +144,13 @@ def check_request(folder: Path, request: dict[str, Any]) -> None:
     atomic_write(file, json.dumps(request, indent=1) + "\n")
 
 
-def encode(folder: Path, source: ImageSource, autoencoder: Autoencoder, request: dict[str, Any]) -> None:
+def encode(
+    folder: Path,
+    source: ImageSource,
+    autoencoder: Autoencoder,
+    request: dict[str, Any],
+    text: TextEncoder | None = None,
+) -> None:
     """Makes the shards that are not whole; collective. Each process takes every so-many-th of them."""
     total = -(-len(source) // request["shard"])
     missing: list[int] = []
@@ -149,7 +168,10 @@ def encode(folder: Path, source: ImageSource, autoencoder: Autoencoder, request:
     spans = [(n * request["shard"], min((n + 1) * request["shard"], len(source))) for n in own]
     with Progress(sum(stop - start for start, stop in spans), "encode", unit="images") as progress:
         for number, (start, stop) in zip(own, spans, strict=True):
-            write_shard(folder, number, _shard(source, autoencoder, request, start, stop, progress))
+            arrays = _shard(source, autoencoder, request, start, stop, progress)
+            if text is not None:
+                arrays |= encode_text.shard_arrays(text, source, request, start, stop)
+            write_shard(folder, number, arrays)
     peers.barrier("every shard was written")
 
 
@@ -160,14 +182,14 @@ def _shard(
 
     def both(images: Tensor) -> Tensor:
         sides = [images, images.flip(-1)] if request["flips"] else [images]
-        return torch.stack([autoencoder.moments(side).cpu() for side in sides], dim=1)
+        return torch.stack([autoencoder.encode(side).cpu() for side in sides], dim=1)
 
     size, batch = request["latent_size"], request["batch"]
-    shape = (stop - start, 2 if request["flips"] else 1, 2 * autoencoder.latent_channels, size, size)
-    moments = np.empty(shape, dtype=DTYPES[request["dtype"]])
+    shape = (stop - start, 2 if request["flips"] else 1, autoencoder.stored_channels, size, size)
+    stored = np.empty(shape, dtype=DTYPES[request["dtype"]])
     for at, images in _blocks(source, start, stop, batch * _BLOCK):
         made = torch.cat(in_batches(both, [images], batch, autoencoder.device)).numpy()
-        rows = moments[at - start : at - start + len(images)]
+        rows = stored[at - start : at - start + len(images)]
         with np.errstate(over="ignore"):
             rows[...] = made
         if not np.isfinite(rows).all():
@@ -177,7 +199,7 @@ def _shard(
                 "use dtype=fp32 and precision=fp32"
             )
         progress.update(len(images))
-    arrays = {"moments": moments, "indices": np.arange(start, stop, dtype=np.int64)}
+    arrays = {stored_name(autoencoder.gaussian): stored, "indices": np.arange(start, stop, dtype=np.int64)}
     if source.labels is not None:
         arrays["labels"] = source.labels[start:stop].numpy().astype(np.int64)
     return arrays
@@ -196,7 +218,12 @@ def _blocks(source: ImageSource, start: int, stop: int, size: int) -> Iterator[t
 
 
 def finish(
-    folder: Path, request: dict[str, Any], source: ImageSource, autoencoder: Autoencoder, node: dict[str, Any]
+    folder: Path,
+    request: dict[str, Any],
+    source: ImageSource,
+    autoencoder: Autoencoder,
+    node: dict[str, Any],
+    text: TextEncoder | None = None,
 ) -> Manifest:
     """Writes the manifest, whose shards were made or checked just now. Raises RunError when one is gone since."""
     shards: list[Shard] = []
@@ -230,6 +257,8 @@ def finish(
             "precision": request["precision"],
         },
         shards=tuple(shards),
+        gaussian=autoencoder.gaussian,
+        text=None if text is None else encode_text.manifest_entry(text, source, request, folder),
     )
     write_manifest(folder, manifest)
     return manifest

@@ -33,6 +33,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     from gearshift.evaluation.results import pictures, results
     from gearshift.evaluation.rows import plan_rows
     from gearshift.evaluation.table import format_table
+    from gearshift.evaluation.training_costs import TrainedBy
 
     settings = evaluation.config
     loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
@@ -44,8 +45,12 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     if not source.get("data"):
         raise UsageError(f"run={cfg.run} was imported without data=; evaluate needs the data to compare with")
 
+    prompts = None
+    if cfg.prompts is not None or loaded.denoiser.network.cond_kind == "text":
+        prompts = loaded.prompts(cfg.prompts or "data", source)
+
     def make(policy: Any, solver: Any, **fields: Any) -> Any:
-        return loaded.sampler(policy, solver, precision=cfg.precision, **fields)
+        return loaded.sampler(policy, solver, precision=cfg.precision, prompts=prompts, **fields)
 
     plan_rows(settings, make)  # what cannot be is refused before a classifier is trained
     data = pixels_behind(build_data(source, loaded.denoiser.network))
@@ -63,7 +68,13 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         if not launch.is_main():
             return None
         found = results(
-            evaluator, str(loaded.folder.path), dtype_of(cfg.precision), classifier, _overrides(), ema=cfg.ema
+            evaluator,
+            str(loaded.folder.path),
+            dtype_of(cfg.precision),
+            classifier,
+            _overrides(),
+            ema=cfg.ema,
+            trained=TrainedBy.of(loaded.config, loaded.denoiser.network, _images(loaded)),
         )
         report = write_report(folder, found, pictures(evaluator))
         (folder / "ledgers").mkdir(exist_ok=True)
@@ -139,6 +150,19 @@ def _classifier(settings: Any, data: Any, split: Any, device: Any) -> Any:
                 classifier = get_classifier(train, test, where, device, tell)
     peers.barrier("the classifier was trained")
     return classifier if launch.is_main() else get_classifier(train, test, where, device)
+
+
+def _images(loaded: api.LoadedRun) -> int | None:
+    """Images that the weights were trained on; None for imported ones."""
+    from gearshift.training import checkpoint
+
+    result, newest = loaded.folder.result, checkpoint.latest(loaded.folder)
+    if result is not None or newest is None:
+        return (result or {}).get("images")
+    if not loaded.config.get("trainer"):
+        return None
+    # Not finished: the checkpoint knows how far it came.
+    return int(checkpoint.read(newest)[checkpoint.KEY]["step"]) * int(loaded.config.trainer.batch_size)
 
 
 def _overrides() -> list[str]:

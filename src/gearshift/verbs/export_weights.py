@@ -14,6 +14,7 @@ from gearshift.backbones import dit_weights
 from gearshift.backbones.base import Backbone
 from gearshift.backbones.dit import DiT
 from gearshift.backbones.exits import EarlyExit
+from gearshift.backbones.null_context import KEY, NullContext
 from gearshift.backbones.weights import export_safetensors, load_strict, write_safetensors
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import atomic_write
@@ -39,6 +40,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     header = {"weights": "ema" if cfg.ema else "trained", "dtype": cfg.dtype}
     if transformer is None:
         out = Path(cfg.out) if cfg.out is not None else folder.path / "model.safetensors"
+        null = NullContext.load(folder.path)
+        if null is not None:
+            stored, header = {**stored, KEY: null.features}, {**header, **null.header()}
         export_safetensors(out, stored, OmegaConf.to_yaml(folder.config), header)
     else:
         target = Path(cfg.out) if cfg.out is not None else folder.path / "diffusers"

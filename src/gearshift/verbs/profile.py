@@ -1,20 +1,30 @@
-"""`gearshift profile`: parameters and MACs of a network, per exit, per part, and under a policy."""
+"""`gearshift profile`: parameters and MACs of a network, per exit, per part, per stage, and under a policy; and whether
+it saves training or sampling against another one."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
 
-from gearshift.assembly import build_denoiser, build_policy, build_solver
+from gearshift.assembly import build_denoiser, build_objective, build_policy, build_solver
 from gearshift.backbones.base import Backbone
 from gearshift.diffusion.denoiser import Denoiser
+from gearshift.diffusion.solvers.base import Solver
+from gearshift.evaluation.stage_costs import account, interval, stored
+from gearshift.evaluation.training_costs import training_mix
 from gearshift.execution.cost import Cost, CostTable
 from gearshift.execution.outputs import Event
 from gearshift.execution.stream import Rows
+from gearshift.objectives.base import Objective
 from gearshift.policies.base import Policy, RunInfo
+from gearshift.runtime.progress import note
 from gearshift.runtime.run import RunFolder
+from gearshift.verbs.profile_baseline import against, path_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -23,19 +33,29 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         denoiser = build_denoiser(source)
     network = denoiser.network
     table = CostTable.measure(network)
-    full = table.full(network)
+    # Of several paths the dearest: where stages differ, `stages` has them all.
+    full = max((table.full(network, path) for path in range(len(network.paths))), key=lambda cost: cost.macs)
+    params = sum(p.numel() for p in network.parameters())
     answer: dict[str, Any] = {
         "backbone": network.name,
-        "params": sum(p.numel() for p in network.parameters()),
+        "params": params,
         "params_active": sum(p.numel() for p in _active(network)),
-        "params_stored": _stored(network),
+        "params_stored": params,
         "gmacs": full.macs / 1e9,
         "gmacs_conv_linear": full.linear / 1e9,
         "gflops": full.flops / 1e9,
-        "exits": _exits(network, table, full),
+        "exits": _exits(network, table),
         "parts": _parts(network, table),
     }
-    answer["policy"] = _under(denoiser, build_policy(cfg.policy), build_solver(cfg.solver), table, cfg.guidance)
+    solver = build_solver(cfg.solver)
+    answer["policy"] = _under(denoiser, build_policy(cfg.policy), solver, table, cfg.guidance)
+    objective = build_objective(source, network) if source.get("objective") else None
+    if len(network.paths) > 1:
+        answer |= _staged(denoiser, solver, table, objective)
+    elif buffers := stored(network)["buffers_stored"]:
+        note(f"a checkpoint also holds {buffers:,} numbers that are no parameters (fixed filters and the like)")
+    if cfg.get("baseline") is not None:
+        answer["baseline"] = against(cfg, source, denoiser, table, objective, answer["policy"])
     _show(answer)
     return answer
 
@@ -47,14 +67,18 @@ def _active(network: Backbone) -> list[torch.nn.Parameter]:
     return [p for p in network.parameters() if id(p) not in unused]
 
 
-def _stored(network: Backbone) -> int:
-    """Numbers in a checkpoint: parameters and persistent buffers."""
-    return sum(value.numel() for value in network.state_dict().values())
+def _staged(denoiser: Denoiser, solver: Solver, table: CostTable, objective: Objective | None) -> dict[str, Any]:
+    """What networks of several paths have besides: `account`, with the active parameters of the largest stage."""
+    network, process = denoiser.network, denoiser.process
+    training = None if objective is None else training_mix(network, process, objective)
+    found = account(network, table, process, {solver.name: solver.calls(process)}, training)
+    return {**found, "params_active": max(stage["params_active"] for stage in found["stages"])}
 
 
-def _exits(network: Backbone, table: CostTable, full: Cost) -> list[dict[str, Any]]:
+def _exits(network: Backbone, table: CostTable) -> list[dict[str, Any]]:
     rows = []
     for path, blocks in enumerate(network.paths):
+        full = table.full(network, path)
         for depth in network.exits(path):
             cost = table.path_cost(path, depth, blocks=blocks)
             head = table.entries["readout", path, depth, "full"]
@@ -83,7 +107,7 @@ def _parts(network: Backbone, table: CostTable) -> list[dict[str, Any]]:
                 for (kind, p, index, mode), cost in table.entries.items()
                 if (kind, p, index) == ("block", path, block)
             }
-            rows.append({"path": path, "block": block, **modes})
+            rows.append({"path": path, "index": block, **modes})
     return rows
 
 
@@ -94,7 +118,7 @@ def _under(denoiser: Denoiser, policy: Policy, solver: Any, table: CostTable, gu
     network = denoiser.network
     info = RunInfo(calls, network, 1, branches)
     policy.check(info)
-    full = table.full(network).macs * len(calls) * branches
+    full = branches * sum(table.full(network, path_of(network, call)).macs for call in calls)
     answer = {
         "name": policy.name,
         "solver": solver.name,
@@ -110,7 +134,7 @@ def _under(denoiser: Denoiser, policy: Policy, solver: Any, table: CostTable, gu
         if plan.call is not True:
             continue
         called += branches
-        path = int(network.route(torch.tensor([call.log_snr], dtype=torch.float64))[0])
+        path = path_of(network, call)
         blocks = network.paths[path]
         depth = len(blocks) if plan.depth is None else min(int(plan.depth), len(blocks))
         cost = table.of(Event("embed", path, 0, "full", Rows(1))).macs
@@ -133,14 +157,18 @@ def _show(answer: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     console.print(
         f"{answer['backbone']}: {answer['params']:,} parameters, {answer['gmacs']:.5g} GMACs "
         f"({answer['gmacs_conv_linear']:.4g} without attention products)"
     )
-    table = Table("exit depth", "GMACs", "of full", "head MACs", "uncertainty MACs")
+    if "stages" in answer:
+        _show_stages(answer, console)
+    several = "stages" in answer
+    table = Table(*["stage"] * several, "exit depth", "GMACs", "of full", "head MACs", "uncertainty MACs")
     for row in answer["exits"]:
         table.add_row(
+            *[str(row["path"])] * several,
             str(row["depth"]),
             f"{row['gmacs']:.4g}",
             f"{row['fraction']:.1%}",
@@ -154,3 +182,32 @@ def _show(answer: dict[str, Any]) -> None:
             f"{under['name']} with {under['solver']}: {under['gmacs_per_call']:.4g} GMACs per call on average, "
             f"{under['macs_saved']:.1%} saved over {under['calls']} calls"
         )
+    for line in answer.get("baseline", {}).get("verdicts", ()):
+        console.print(line)
+
+
+def _show_stages(answer: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("stage", "sigma / alpha", "active parameters", "its own", "GMACs", "conv+linear")
+    for stage in answer["stages"]:
+        table.add_row(
+            str(stage["path"]),
+            interval(stage["sigma"]),
+            f"{stage['params_active']:,}",
+            f"{stage['params_own']:,}",
+            f"{stage['gmacs']:.4g}",
+            f"{stage['gmacs_conv_linear']:.4g}",
+        )
+    console.print(table)
+    console.print(
+        f"{answer['params_stored']:,} parameters stored, {answer['params_shared']:,} of them in every stage; a "
+        f"checkpoint also holds {answer['buffers_stored']:,} other numbers (fixed filters and the like)"
+    )
+    table = Table("average over", "shares", "GMACs", "conv+linear")
+    for name, average in answer["averages"].items():
+        shares = " / ".join(f"{share:.4g}" for share in average["shares"])
+        table.add_row(
+            f"{name} ({average['of']})", shares, f"{average['gmacs']:.4g}", f"{average['gmacs_conv_linear']:.4g}"
+        )
+    console.print(table)

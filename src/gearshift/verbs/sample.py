@@ -30,7 +30,8 @@ from gearshift.runtime.progress import Progress, note
 from gearshift.runtime.run import RunFolder
 from gearshift.sampling.gather import gather_chunks
 from gearshift.sampling.ledger import LedgerData
-from gearshift.sampling.loop import Sampler, sample, sample_chunk
+from gearshift.sampling.loop import Chunk, Sampler, sample, sample_chunk
+from gearshift.sampling.prompts import Prompts
 
 FORMATS = ("npz", "png")
 _SHOWN = 100
@@ -77,10 +78,17 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         guidance_interval=interval(cfg.guidance_interval),
         labels=label_setting(cfg.labels),
         chunk=cfg.chunk,
+        prompts=None if cfg.prompts is None else loaded.prompts(cfg.prompts),
     )
-    folder = Path(cfg.out) if cfg.out is not None else loaded.folder.path / "samples" / _name(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(cfg.out) if cfg.out is not None else loaded.folder.path / "samples" / _name(cfg, sampler.prompts)
     pixels = loaded.to_pixels()
+    channels, *_ = pixels.shape(sampler.denoiser.network.in_channels, 1)
+    if channels not in (1, 3):
+        raise UsageError(
+            f"run={cfg.run} samples {channels} channels, which are no image, and names no data to decode them with; "
+            "import it with the latents it was made for (data=imagenet_latents data.path=DIR)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     written = _write(sampler, pixels, cfg.start, cfg.num_images, folder, layout)
     if written is None:  # another process has the rest
         return None
@@ -89,6 +97,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
 
     atomic_write(folder / "grid.png", sample_grid(shown.numpy()))
     ledger.save(folder / "ledger.npz")
+    if sampler.prompts is not None:
+        asked = [sampler.prompts.text(index) for index in range(cfg.start, cfg.start + cfg.num_images)]
+        atomic_write(folder / "prompts.txt", "".join(f"{text}\n" for text in asked))
     more: dict[str, Any] = {"switches": _switches(sampler, cfg.start)} if cfg.switches else {}
     return {
         "run": str(loaded.folder.path),
@@ -156,7 +167,7 @@ def _write(
         npz = stack.enter_context(AdmWriter(target, count, shape)) if layout == "npz" and rank == 0 else None
         pngs = PngFolder(target) if layout == "png" else None
         for _ in range(0, chunks, processes):
-            mine = [replace(chunk, images=pixels(chunk.images)) for chunk in itertools.islice(made, 1)]
+            mine = [_looked_at(chunk, pixels) for chunk in itertools.islice(made, 1)]
             if pngs is not None:
                 for chunk in mine:
                     pngs.write(chunk.images, start=int(chunk.index[0]))
@@ -167,7 +178,7 @@ def _write(
                 if npz is not None:
                     npz.write(chunk.images)
                 ledgers.append(chunk.ledger)
-                labels += [] if chunk.cond is None or chunk.cond.ndim != 1 else [chunk.cond]
+                labels += [] if chunk.cond is None else [chunk.cond]
                 missing = _SHOWN - sum(map(len, shown))
                 shown += [chunk.images[:missing]] if missing > 0 else []
         if rank != 0:
@@ -185,7 +196,13 @@ def _write(
     return target, LedgerData.merge(ledgers), torch.cat(shown)
 
 
-def _name(cfg: DictConfig) -> str:
+def _looked_at(chunk: Chunk, pixels: ToPixels) -> Chunk:
+    """With images to look at, and labels; features of text, which are larger than the images, stay where they are."""
+    labels = chunk.cond if chunk.cond is not None and chunk.cond.ndim == 1 else None
+    return replace(chunk, images=pixels(chunk.images), cond=labels)
+
+
+def _name(cfg: DictConfig, prompts: Prompts | None) -> str:
     """One folder per setting, so that two policies never overwrite each other."""
     import hashlib
     import json
@@ -194,6 +211,8 @@ def _name(cfg: DictConfig) -> str:
     keys = ("policy", "solver", "num_images", "start", "seed", "guidance", "s", "labels", "chunk", "ema", "precision")
     later = ("guidance_channels", "guidance_interval")  # absent from the names of folders made before they existed
     named = {key: plain[key] for key in keys} | {key: plain[key] for key in later if plain[key] is not None}
+    if prompts is not None:
+        named["prompts"] = prompts.digest
     text = json.dumps(named, sort_keys=True)
     policy = str(plain["policy"]["_target_"]).rsplit(".", 1)[-1]
     return f"{policy}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gearshift.runtime import config
+from gearshift.runtime.boundaries import load_boundaries
 from gearshift.runtime.paths import conf_dir
 
 MISSING: Any = "???"
@@ -39,6 +40,7 @@ class Sample:
     guidance_channels: int | None = None
     guidance_interval: list[float] | None = None
     labels: str = "uniform"
+    prompts: str | None = None
     chunk: int = 256
     ema: bool = True
     device: str = "auto"
@@ -54,6 +56,7 @@ class Sample:
 class Evaluate:
     run: str = MISSING
     data_path: str | None = None
+    prompts: str | None = None
     ema: bool = True
     devices: int | None = None
     device: str = "auto"
@@ -67,6 +70,9 @@ class Profile:
     run: str | None = None
     guidance: float = 1.0
     shrink: bool = False
+    baseline: str | None = None
+    images: int | None = None
+    baseline_images: int | None = None
 
 
 @dataclass
@@ -78,6 +84,7 @@ class Bench:
     repeats: int = 15
     warmup: int = 3
     training: bool = False
+    stages: bool = False
     sampling: bool = False
     batches: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
     latency_repeats: int = 20
@@ -98,6 +105,36 @@ class Import:
     weights: str = MISSING
     name: str = "imported"
     runs_dir: str = "runs"
+    out: str | None = None
+
+
+@dataclass
+class Stages:
+    method: str = "optimal_denoiser"
+    stages: int = 3
+    mode: str = "surrogate"
+    range: str = "unit"
+    eta: Any = "2/256"
+    alpha: float = 0.9
+    queries: int = 8000
+    axis: str = "auto"
+    t_min: float | None = None
+    t_max: float | None = None
+    sustain: float = 0.05
+    replicates: int = 200
+    nodes: int = 40
+    min_share: float | None = None
+    max_share: float | None = None
+    run: str | None = None
+    ema: bool = True
+    batch: int = 64
+    rounds: int = 4
+    split: str = "train"
+    seed: int = 0
+    precision: str = "fp32"
+    devices: int | None = None
+    device: str = "auto"
+    output: str | None = None
 
 
 @dataclass
@@ -131,6 +168,7 @@ class Encode:
     out: str = MISSING
     split: str = "train"
     autoencoder: str | None = None
+    text_encoder: str | None = None
     flips: bool = True
     scale: float | None = None
     shard: int = 4096
@@ -174,6 +212,7 @@ SCHEMAS: dict[str, type] = {
     "list": List,
     "reference": Reference,
     "encode": Encode,
+    "stages": Stages,
     "compare": Compare,
     "table": Table,
 }
@@ -200,4 +239,12 @@ def check(verb: str, cfg: DictConfig) -> DictConfig:
     OmegaConf.set_struct(checked, False)
     for name in settings.__dataclass_fields__:
         checked[name] = getattr(settings, name)
+    _read_boundaries(checked)
     return checked
+
+
+def _read_boundaries(cfg: DictConfig) -> None:
+    """Puts the numbers of a stages file in the place of its name: `backbone.boundaries=FILE`."""
+    node = cfg.get("backbone")
+    if node and isinstance(node.get("boundaries"), str):
+        node.boundaries = list(load_boundaries(node.boundaries))

@@ -16,9 +16,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from gearshift.assembly import (
+    build_augment,
     build_data,
     build_denoiser,
     build_objective,
+    give_null_context,
     identity,
     irrelevant_to_weights,
     pretraining,
@@ -77,13 +79,17 @@ def _carry_out(cfg: DictConfig) -> dict[str, Any]:
     source = cfg.init if before is None else run_path(before)
     if source is not None and latest(RunFolder(path)) is None:
         _begin_from(denoiser.network, Path(source))
-    objective = build_objective(cfg, denoiser.network)
     data = build_data(cfg, denoiser.network)
+    null = give_null_context(denoiser.network, data)
+    objective = build_objective(cfg, denoiser.network)
+    augment = build_augment(cfg, denoiser.network, data)
     train_split = data.load("train")
     if launch.is_main():
         stored = config.plain(cfg) if before is None else {**config.plain(cfg), "pretrained": str(run_path(before))}
         # A folder that exists keeps the configuration it was started with; its hash says they agree in what matters.
         folder = RunFolder.create(path, stored)
+        if null is not None:
+            null.save(folder.path)
     else:
         folder = RunFolder(path)
     decides = weights_settings(identity(cfg), irrelevant_to_weights(cfg))
@@ -95,6 +101,7 @@ def _carry_out(cfg: DictConfig) -> dict[str, Any]:
         run=folder,
         config_text=json.dumps({**decides, "data_digest": train_split.digest}, sort_keys=True),
         flip=data.flip,
+        augment=augment,
         logger=config.build(cfg.logger) if cfg.logger else None,
     )
 
@@ -134,6 +141,8 @@ def _checked(cfg: DictConfig) -> DictConfig | None:
         load_state(ours, theirs.state_dict(), f"pretrain={cfg.pretrain}", heads=False)
     except RunError as error:
         raise UsageError(str(error)) from error
+    if ours.cond_kind == "text":
+        give_null_context(ours, build_data(cfg, ours))
     build_objective(cfg, ours)
     return before
 
@@ -176,8 +185,10 @@ def _dry_run(cfg: DictConfig, before: DictConfig | None) -> dict[str, Any]:
     first = None if before is None else _dry_run(before, pretraining(before))
     with torch.device("meta"):
         denoiser = build_denoiser(cfg)
+    data = build_data(cfg, denoiser.network)
+    give_null_context(denoiser.network, data)
     build_objective(cfg, denoiser.network)
-    build_data(cfg, denoiser.network)
+    build_augment(cfg, denoiser.network, data)
     network = denoiser.network
     full = CostTable.measure(network).full(network)
     print(OmegaConf.to_yaml(cfg, resolve=True), file=sys.stderr)

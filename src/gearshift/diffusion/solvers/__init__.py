@@ -4,7 +4,9 @@ from gearshift.diffusion.solvers.base import Call, Solver, State
 from gearshift.diffusion.solvers.ddim import DDIM, DDIMConfig
 from gearshift.diffusion.solvers.ddpm import DDPM, DDPMConfig
 from gearshift.diffusion.solvers.diffusers import DiffusersSolver
+from gearshift.diffusion.solvers.dpm_singlestep import DPMSinglestep, DPMSinglestepConfig
 from gearshift.diffusion.solvers.dpmpp_2m import DPMpp2M, DPMpp2MConfig
+from gearshift.diffusion.solvers.edm_heun import EDMHeun, EDMHeunConfig
 from gearshift.diffusion.solvers.euler_maruyama import EulerMaruyama, EulerMaruyamaConfig
 from gearshift.diffusion.solvers.scheduler_build import DiffusersConfig
 
@@ -14,10 +16,14 @@ __all__ = [
     "Call",
     "DDIMConfig",
     "DDPMConfig",
+    "DPMSinglestep",
+    "DPMSinglestepConfig",
     "DPMpp2M",
     "DPMpp2MConfig",
     "DiffusersConfig",
     "DiffusersSolver",
+    "EDMHeun",
+    "EDMHeunConfig",
     "EulerMaruyama",
     "EulerMaruyamaConfig",
     "Solver",

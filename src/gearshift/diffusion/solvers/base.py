@@ -48,7 +48,10 @@ class Call:
 
 @dataclass(frozen=True)
 class State:
-    """A run at one point: ``x`` [B, C, H, W] fp32 in the solver's own frame, calls made, the solver's history."""
+    """A run at one point: ``x`` [B, C, H, W] in the solver's own frame, calls made, the solver's history.
+
+    ``x`` is fp32, or float64 where a solver says so; what leaves the solver is fp32.
+    """
 
     x: Tensor
     position: int = 0

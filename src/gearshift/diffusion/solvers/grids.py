@@ -2,12 +2,14 @@
 
 On a discrete process the named spacings are those of the reference code: ``linspace`` is round(linspace(0, T-1, N))
 (what "N steps" means in DiT), ``leading`` is k (T // N) ("ddimN" there), ``trailing`` is round(T - k T/N) - 1 (Lin et
-al. 2023, arXiv 2305.08891, table 2). On a continuous process they are the same without rounding. ``log_snr`` is
-uniform in log-SNR (Lu et al. 2022, arXiv 2206.00927, section 3.4), and visits fractional indices on a discrete
-process.
+al. 2023, arXiv 2305.08891, table 2). On a continuous process they are the same without rounding, in time, or in index
+where the process is not evenly timed (EDM, VE). ``log_snr`` is uniform in log-SNR (Lu et al. 2022, arXiv 2206.00927,
+section 3.4), and visits fractional indices on a discrete process. :func:`karras_levels` is the grid of EDM.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -56,6 +58,10 @@ def time_grid(process: Process, spacing: str, steps: int, t_end: float | None = 
     """
     end = process.t_min if t_end is None else t_end
     k = torch.arange(steps, dtype=torch.float64)
+    if spacing != "log_snr" and process.continuous and not process.evenly_timed:
+        index = _indices(spacing, steps, process.num_steps - 1, process.index_of_time(end).item())
+        spaced: list[float] = process.time_of_index(index).tolist()
+        return spaced
     if spacing == "log_snr":
         first, last = process.log_snr(process.t_max), process.log_snr(end)
         times = process.time_of_log_snr(first + (last - first) * k / max(steps - 1, 1))
@@ -70,3 +76,35 @@ def time_grid(process: Process, spacing: str, steps: int, t_end: float | None = 
         times = end + stride * k.flip(0)
     grid: list[float] = times.tolist()
     return grid
+
+
+def _indices(spacing: str, steps: int, noisiest: float, last: float) -> Tensor:
+    """``steps`` fractional indices, noisiest first: the spacings of :func:`index_grid` without rounding."""
+    k = torch.arange(steps, dtype=torch.float64)
+    if spacing == "linspace":
+        return noisiest - (noisiest - last) * k / max(steps - 1, 1)
+    size = noisiest + 1
+    if spacing == "trailing":
+        return size - k * size / steps - 1
+    return last + min(size / steps, (noisiest - last) / max(steps - 1, 1)) * k.flip(0)
+
+
+def karras_levels(process: Process, steps: int, rho: float, sigma_min: float, sigma_max: float) -> list[float]:
+    """``steps`` ratios sigma / alpha, noisiest first, uniform in ratio^(1 / rho) (arXiv 2206.00364, eq. 5).
+
+    The ends are held within what the process visits by default; on a discrete process each is a level of its table
+    (:func:`nearest_level`).
+    """
+    greatest, least = (math.exp(-0.5 * process.log_snr(t).item()) for t in (process.t_max, process.t_min))
+    high, low = (min(max(s, least), greatest) ** (1 / rho) for s in (sigma_max, sigma_min))
+    ratios = [(high + i / max(steps - 1, 1) * (low - high)) ** rho for i in range(steps)]
+    return [nearest_level(process, ratio) for ratio in ratios]
+
+
+def nearest_level(process: Process, ratio: float) -> float:
+    """The ratio sigma / alpha in the table of a discrete process that is nearest to ``ratio``; itself on another."""
+    if process.continuous:
+        return ratio
+    entries = process.time_of_index(torch.arange(process.num_steps))
+    table = torch.exp(-0.5 * process.log_snr(entries))
+    return float(table[(table - ratio).abs().argmin()])
