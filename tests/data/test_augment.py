@@ -301,3 +301,16 @@ def test_the_file_says_the_defaults():
 
     built = config.build(OmegaConf.load(conf_dir() / "augment" / "edm.yaml"))
     assert built.config == AugmentConfig() and built.label_dim == 9
+
+
+def test_a_centred_blob_stays_where_it_is_however_it_is_turned() -> None:
+    """The centre of rotation is that of the image: half a pixel beside it would move the blob."""
+    place = torch.arange(32.0) - 15.5
+    blob = torch.exp(-(place[:, None] ** 2 + place**2) / 32)[None, None].expand(16, 1, 32, 32).contiguous()
+    only = dict.fromkeys(("xflip", "yflip", "scale", "aniso", "translate_frac"), 0.0)
+    turned, labels = AugmentPipe(AugmentConfig(p=1.0, **only))(blob, 0, torch.arange(16), 0)
+    assert bool((labels[:, 3:5] != 0).any(1).all())
+    mass = turned.sum((1, 2, 3))
+    for axis in (2, 3):
+        centre = (turned.sum(5 - axis).squeeze(1) * place).sum(1) / mass
+        assert float(centre.abs().max()) < 0.15, centre

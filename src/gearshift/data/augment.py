@@ -210,7 +210,7 @@ def _resample(images: Tensor, maps: Tensor) -> Tensor:
     x, y, one = maps[..., None, None].unbind(2)
     inside = x * places + y * places[:, None] + one  # [n, 2, places, places]
     # From parts of the side to upsampled places, within one period of the endless image, to what grid_sample takes.
-    grid = ((inside + 0.5) * (2 * side) - 0.5).remainder(period) * (2 / period) - 1
+    grid = ((inside + 0.5) * (2 * side) - 1).remainder(period) * (2 / period) - 1
     sampled = grid_sample(
         up @ images.double() @ up.T, grid.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=True
     )
@@ -245,7 +245,8 @@ def _downsampling(side: int, device: torch.device) -> Tensor:
 def _places(side: int, device: torch.device) -> Tensor:
     """The upsampled places that downsampling wants, in parts of the side from the centre: float64 [2 * side + 10]."""
     numbers = torch.arange(-_BEFORE, 2 * side + _TAPS - 2 - _BEFORE, dtype=torch.float64, device=device)
-    return (numbers + 0.5) / (2 * side) - 0.5
+    # The filter has its weight about tap 5, so pixel i lies at place 2 i.
+    return (numbers + 1) / (2 * side) - 0.5
 
 
 def _scaling(x: Tensor, y: Tensor) -> Tensor:
