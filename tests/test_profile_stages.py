@@ -90,7 +90,7 @@ def test_separate_networks_of_the_paper() -> None:
 def test_the_published_comparison_saves_training_only() -> None:
     """250k against 450k iterations of batch 128; the objective of the released code draws stages uniformly."""
     found = profiled(
-        "backbone=multi_decoder_vp", "process=vp", VP_SOLVER, "+objective=staged",
+        "backbone=multi_decoder_vp", "process=vp", VP_SOLVER, "objective=staged",
         baseline="unified_vp", images=32_000_000, baseline_images=57_600_000,
     )  # fmt: skip
     base = found["baseline"]
