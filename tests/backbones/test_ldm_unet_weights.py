@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gearshift.backbones.ldm_unet import LdmUNet, LdmUNetConfig
 from gearshift.backbones.ldm_unet_weights import from_official, to_official
+from gearshift.backbones.weights import import_official
 from gearshift.runtime import keys
 from gearshift.runtime.errors import RunError
 
@@ -87,3 +89,16 @@ def test_bad_files() -> None:
         network.from_official(whole)
     with pytest.raises(RunError, match=r"qkv.weight has 96 rows, which is no multiple of 3 x 5"):
         from_official({"middle_block.1.qkv.weight": torch.zeros(96, 32, 1)}, 5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_official_file_is_put_in_our_order(tmp_path: Path, whole: bool) -> None:
+    """The shapes are the same either way, so rows left in their order would load, and be wrong."""
+    state = random_state(LdmUNet(SMALL))
+    official = to_official(state, 8)
+    if whole:
+        official = {f"model.diffusion_model.{name}": tensor for name, tensor in official.items()}
+    torch.save({"state_dict": official} if whole else official, tmp_path / "model.ckpt")
+    network = LdmUNet(SMALL)
+    assert import_official(tmp_path / "model.ckpt", network) == {}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())

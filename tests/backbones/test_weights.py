@@ -181,7 +181,7 @@ def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {"pos_embed": torch.zeros(1)}, "step": 3}, r"state_dict \(dict\), step \(int\)"),
+        ({"model": {"pos_embed": torch.zeros(1)}, "step": 3}, r"model \(dict\), step \(int\)"),
         ({}, "it is empty"),
         (torch.zeros(2), "holds a Tensor, not a state dict"),
     ],

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.backbones import dit_weights, unet_weights
+from gearshift.backbones.ldm_unet import LdmUNet
 from gearshift.backbones.unet import UNet
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import atomic_write
@@ -32,7 +33,8 @@ ADADIFF_HEADS = "lte_classifer."
 _HEAD_NAME = re.compile(re.escape(ADADIFF_HEADS) + r"(\d+)\.lte\.(weight|bias)")
 _OTHER = {"weight": "bias", "bias": "weight"}
 EMA_FILE = "nnet_ema.pth"
-TRAINING_EMA = "ema"
+TRAINING_EMA = "ema"  # where DiT's training script has its averaged weights
+CHECKPOINT = "state_dict"  # where Lightning, and so LDM, has all of them
 CONFIG_KEY = "gearshift_config"
 _SHOWN = 3
 
@@ -60,6 +62,8 @@ def import_official(path: str | os.PathLike[str], backbone: nn.Module) -> StateD
         state = dit_weights.from_diffusers(state, 0 if positions is None else positions.shape[1])
     if isinstance(backbone, UNet):
         state = unet_weights.from_official(state, backbone)
+    elif isinstance(backbone, LdmUNet):
+        state = backbone.from_official(state)
     heads = {name: state.pop(name) for name in list(state) if name.startswith(ADADIFF_HEADS)}
     load_strict(backbone, state, file)
     return heads
@@ -229,8 +233,9 @@ def _read_pickle(file: Path) -> StateDict:
         ) from error
     if not isinstance(loaded, dict):
         raise RunError(f"{file} holds a {type(loaded).__name__}, not a state dict; give a file of names and tensors")
-    if isinstance(loaded.get(TRAINING_EMA), dict):
-        loaded = loaded[TRAINING_EMA]
+    for place in (TRAINING_EMA, CHECKPOINT):
+        if isinstance(loaded.get(place), dict):
+            loaded = loaded[place]
     foreign = [f"{name} ({type(value).__name__})" for name, value in loaded.items() if not isinstance(value, Tensor)]
     if foreign or not loaded:
         what = _few("among its entries", foreign) or "it is empty"
