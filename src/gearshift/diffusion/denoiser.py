@@ -9,34 +9,20 @@ x0 is derived again at the current x.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from gearshift.backbones.base import Backbone
+from gearshift.diffusion.forecast import Held, forecast, renewed
 from gearshift.diffusion.process import Process
 from gearshift.execution.executor import execute
 from gearshift.execution.memory import Memory
 from gearshift.execution.outputs import PACK, Event, Outputs, Packing
 from gearshift.execution.plan import FULL, StepPlan
-from gearshift.execution.stream import Rows, gather, to_device
+from gearshift.execution.stream import Rows, gather
 from gearshift.runtime.errors import UsageError
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """The last prediction of every row, before guidance.
-
-    Attributes:
-        eps: [R, C, H, W].
-        variance: [R, C, H, W], or None where the network predicts none.
-        valid: which rows have one, host bool [R].
-    """
-
-    eps: Tensor
-    variance: Tensor | None
-    valid: Tensor
 
 
 @dataclass(slots=True)
@@ -49,6 +35,7 @@ class Prediction:
         variance: of the conditional branch, [B, C, H, W], or None.
         held: per row, before guidance; what a later skipped call reuses.
         called: which rows were evaluated in this call, host bool [R].
+        forecast: which of the others were extrapolated, host bool [R]; the rest was held.
         depth: blocks run per row, 0 where it was not evaluated; host int64 [R].
         branches: branches that eps is made of: 1 outside the interval of guidance (the conditional one), else all.
         taps, uncertainty: heads at the tapped depths, [R, ...].
@@ -60,6 +47,7 @@ class Prediction:
     variance: Tensor | None
     held: Held
     called: Tensor
+    forecast: Tensor
     depth: Tensor
     branches: int
     taps: dict[int, Tensor] = field(default_factory=dict)
@@ -136,7 +124,7 @@ class Denoiser(nn.Module):
         levels = self.process.log_snr(time.double().cpu() if isinstance(time, Tensor) else time)
         expert = torch.zeros(rows.total, dtype=torch.int64)
         expert[rows.host()] = self.network.route(torch.as_tensor(levels).double().expand(len(rows)))
-        return StepPlan(plan.call, expert, plan.depth, plan.exit, plan.bypass, plan.reuse, plan.taps)
+        return replace(plan, expert=expert)
 
     def predict(
         self,
@@ -152,6 +140,7 @@ class Denoiser(nn.Module):
         held: Held | None = None,
         level: tuple[float, float] | None = None,
         packing: Packing = PACK,
+        keep_earlier: bool = False,
     ) -> Prediction:
         """One call of a sampler.
 
@@ -167,6 +156,7 @@ class Denoiser(nn.Module):
             level: alpha and sigma of x where the solver knows them better than `time` does (grids between table
                 entries); None takes those of `time`.
             held: the last prediction; rows without a valid one are evaluated even where the plan skips them.
+            keep_earlier: hold on to the last but one prediction too, which plans that forecast look at.
         """
         batch, branches = len(x), self.num_branches(guidance)
         total = batch * branches
@@ -192,11 +182,11 @@ class Denoiser(nn.Module):
                 # What their other branch left behind is now older than the sample's own prediction.
                 outdated = called.nonzero().flatten() + batch
                 if held is not None:
-                    held = Held(held.eps, held.variance, held.valid.index_fill(0, outdated, False))
+                    held = replace(held, valid=held.valid.index_fill(0, outdated, False))
                 if memory is not None:
                     memory.forget(outdated)
-            fresh = self._split(outputs.prediction, x.shape[1], called)
-            now = fresh if subset is None else _merged(held, fresh, subset, total)
+            eps, variance = _split(outputs.prediction, x.shape[1])
+            now = renewed(held, eps, variance, called, sigma / alpha, keep_earlier)
             depth = torch.zeros(total, dtype=torch.int64)
             depth[outputs.rows.host()] = outputs.depth
             taps, uncertainty, trace = outputs.taps, outputs.uncertainty, outputs.trace
@@ -204,9 +194,10 @@ class Denoiser(nn.Module):
             assert held is not None  # a row without a valid prediction is called
             now, depth = held, torch.zeros(total, dtype=torch.int64)
             taps, uncertainty, trace = {}, {}, []
-        eps = now.eps[:batch]
+        per_row, extrapolated = forecast(now, ~called, sigma / alpha) if plan.forecast else (now.eps, None)
+        eps = per_row[:batch]
         if wanted == 2:
-            eps = _guided(eps, now.eps[batch:], guidance, guidance_channels)
+            eps = _guided(eps, per_row[batch:], guidance, guidance_channels)
         variance = None if now.variance is None else now.variance[:batch]
         return Prediction(
             eps=eps,
@@ -214,6 +205,7 @@ class Denoiser(nn.Module):
             variance=variance,
             held=now,
             called=called,
+            forecast=torch.zeros_like(called) if extrapolated is None else extrapolated,
             depth=depth,
             branches=wanted,
             taps=taps,
@@ -229,11 +221,11 @@ class Denoiser(nn.Module):
             raise UsageError(f"guidance needs {self.network.cond_kind} conditioning for {self.network.name}, got none")
         return torch.cat([cond, null.to(cond.dtype)])
 
-    def _split(self, output: Tensor, channels: int, called: Tensor) -> Held:
-        output = output.float()
-        if output.shape[1] == channels:
-            return Held(output, None, called)
-        return Held(output[:, :channels], output[:, channels:], called)
+
+def _split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Noise and variance, in fp32."""
+    output = output.float()
+    return (output, None) if output.shape[1] == channels else (output[:, :channels], output[:, channels:])
 
 
 def _within(interval: tuple[float, float] | None, alpha: float, sigma: float) -> bool:
@@ -260,15 +252,3 @@ def _called(plan: StepPlan, held: Held | None, batch: int, branches: int, wanted
 def _guided(conditional: Tensor, unconditional: Tensor, guidance: float, channels: int | None) -> Tensor:
     mixed = torch.lerp(unconditional[:, :channels], conditional[:, :channels], guidance)
     return mixed if channels is None else torch.cat([mixed, conditional[:, channels:]], dim=1)
-
-
-def _merged(held: Held | None, fresh: Held, subset: Tensor, total: int) -> Held:
-    """Put fresh rows among the held ones."""
-
-    def put(new: Tensor, old: Tensor | None) -> Tensor:
-        base = new.new_zeros((total, *new.shape[1:])) if old is None else old
-        return base.index_copy(0, to_device(subset, new.device), new)
-
-    variance = None if fresh.variance is None else put(fresh.variance, None if held is None else held.variance)
-    valid = fresh.valid if held is None else fresh.valid | held.valid
-    return Held(put(fresh.eps, None if held is None else held.eps), variance, valid)

@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gearshift.execution.memory import NO_SLOT, Slot
 from gearshift.execution.network import Network, common_prefix
 from gearshift.execution.outputs import Event
+from gearshift.execution.plan import StepPlan
+from gearshift.execution.reach import unread
 from gearshift.execution.stream import Stream
 
 REUSED_IN_BLOCK = ("qk", "map", "output")
@@ -80,6 +82,25 @@ class CostTable:
         total = self.entries["embed", path, 0, "full"] + self.entries["readout", path, depth, "full"]
         for index in blocks[:depth]:
             total = total + self.entries["block", path, index, "full"]
+        return total
+
+    def of_plan(self, backbone: Network, plan: StepPlan, path: int = 0) -> Cost:
+        """One row that is called under `plan`, which says the same of every row and has no exit rule; what it reuses is
+        taken to be there."""
+        blocks = backbone.paths[path]
+        if plan.exit is not None or isinstance(plan.depth, Tensor) or not isinstance(plan.bypass, frozenset):
+            raise ValueError("the cost of a plan that tells rows apart is known only once it has run")
+        if plan.depth is not None:
+            blocks = blocks[: min(plan.depth, len(blocks))]
+        modes = {b: "bypass" if b in plan.bypass else plan.reused_part(b) or "full" for b in blocks}
+        embedded = sum(b in backbone.pops for b in backbone.paths[path]) - sum(
+            b in backbone.pushes for b in backbone.paths[path]
+        )
+        for block in unread(backbone, blocks, {b for b, mode in modes.items() if mode == "block"}, embedded):
+            modes[block] = "block"
+        total = self.entries["embed", path, 0, "full"] + self.entries["readout", path, len(blocks), "full"]
+        for block in blocks:
+            total = total + self.entries["block", path, block, modes[block]]
         return total
 
     def full(self, backbone: Network, path: int = 0) -> Cost:

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gearshift.execution import reuse
 from gearshift.execution.exits import ExitView
-from gearshift.execution.memory import NO_SLOT, Memory, Slot
+from gearshift.execution.memory import NO_SLOT, Memory
 from gearshift.execution.network import Network, common_prefix
 from gearshift.execution.outputs import PACK, Event, Outputs, Packing
 from gearshift.execution.plan import StepPlan
+from gearshift.execution.reach import unread
 from gearshift.execution.stream import Rows, Stream, adjacent, gather, to_device
 from gearshift.runtime.errors import UsageError
 
@@ -49,7 +51,7 @@ class _Execution:
         self.rows = stream.rows
         self.device = stream.hidden.device
         self.trace: list[Event] = []
-        self.unread: list[tuple[int, int, Rows, Tensor, dict[str, Tensor]]] = []
+        self.left: list[tuple[int, int, Rows, Tensor, dict[str, Tensor]]] = []
         self.finished: list[tuple[Rows, Tensor]] = []
         self.depth = torch.zeros(stream.rows.total, dtype=torch.int64)
         # A rule's state spans the run's rows, so packing and routing do not move it.
@@ -57,6 +59,7 @@ class _Execution:
         self.tapped: dict[int, list[tuple[Rows, Tensor]]] = {}
         self.tapped_uncertainty: dict[int, list[tuple[Rows, Tensor]]] = {}
         self.only: int | None = None  # the one path all rows take
+        self.unread: frozenset[int] = frozenset()  # blocks whose output nobody reads in this call
         self.path = torch.zeros(stream.rows.total, dtype=torch.int64)  # of each of the run's rows
         per_row = {"expert": plan.expert, "depth": plan.depth}
         per_row |= {f"bypass[{k}]": rows for k, rows in plan.bypass.items()} if isinstance(plan.bypass, Mapping) else {}
@@ -189,6 +192,8 @@ class _Execution:
             last = max(int(targets.max()), *plan.taps, 0)
         if until is not None:
             last = until
+        if start == 0 and until is None and bool((targets == last).all()):
+            self.unread = self._unread(stream, blocks[:last])
         for depth in range(start, last + 1):
             if depth == until:  # exits and taps here belong to the paths that go on
                 break
@@ -212,6 +217,13 @@ class _Execution:
             self._block(stream, path, blocks[depth], alive)
         self._read_taps(stream, pending, owed)
         return stream, alive, previous
+
+    def _unread(self, stream: Stream, blocks: Sequence[int]) -> frozenset[int]:
+        """Blocks that need not run, because all rows take a later one whole from memory and nobody looks in between."""
+        if self.memory is None or self.plan.exit is not None or self.plan.taps:
+            return frozenset()
+        whole = reuse.whole(self.memory, self.plan, blocks, stream.rows)
+        return unread(self.backbone, blocks, whole, len(stream.skips))
 
     def _drops(self, gone: int, keep: Tensor) -> bool:
         """Whether to go on with the rows at `keep` alone, `gone` others having left."""
@@ -266,13 +278,13 @@ class _Execution:
             hidden = gather(stream.hidden, positions, own=not torch.is_grad_enabled())
             cond = {name: gather(value, positions) for name, value in stream.cond.items()}
             self.trace.append(Event("readout", path, depth, "full", rows))
-            self.unread.append((path, depth, rows, hidden, cond))
+            self.left.append((path, depth, rows, hidden, cond))
             self.depth[rows.host()] = depth
 
     def _read(self) -> None:
         """Read out the rows that left: one call for all that share a readout, at whatever depth they left."""
         groups: dict[Any, list[tuple[int, int, Rows, Tensor, dict[str, Tensor]]]] = {}
-        for left in self.unread:
+        for left in self.left:
             groups.setdefault(self.backbone.readout_key(left[1], left[0]), []).append(left)
         for members in groups.values():
             path, depth, _, hidden, cond = members[0]
@@ -315,6 +327,13 @@ class _Execution:
 
     def _block(self, stream: Stream, path: int, block: int, alive: Tensor) -> None:
         """Run, reuse or bypass one block, in place on the stream. Rows that have left leave no entry in the memory."""
+        if block in self.unread:
+            self.trace.append(Event("block", path, block, "block", self._counted(stream.rows, alive)))
+            if block in self.backbone.pops:
+                stream.skips.pop()
+            if block in self.backbone.pushes:
+                stream.push()  # popped by another block that nobody reads
+            return
         skip = stream.pop() if block in self.backbone.pops else None
         dropped = self.plan.bypassed(block, stream.rows)
         if isinstance(dropped, Tensor):
@@ -336,7 +355,14 @@ class _Execution:
     ) -> Tensor:
         """The hidden state after a block that all rows of the stream run, or all drop."""
         if self.memory is not None and not dropped:
-            return self._after_with_memory(self.memory, stream, path, block, skip, alive)
+            parts = []
+            for group in reuse.groups(self.memory, self.plan.reused_part(block), block, stream.rows):
+                rows = stream.rows if group.positions is None else stream.rows.take(group.positions)
+                keep = alive if group.positions is None else alive[group.positions]
+                self.trace.append(Event("block", path, block, group.mode or "full", self._counted(rows, keep)))
+                hidden = reuse.after(self.backbone, self.memory, group, stream, rows, block, skip, keep)
+                parts.append((torch.arange(len(rows)) if group.positions is None else group.positions, hidden))
+            return parts[0][1] if len(parts) == 1 else self._in_order(parts)
         counted = self._counted(stream.rows, alive)
         self.trace.append(Event("block", path, block, "bypass" if dropped else "full", counted))
         if dropped:
@@ -355,44 +381,3 @@ class _Execution:
     def _counted(self, rows: Rows, alive: Tensor) -> Rows:
         """The rows a block is charged for: in simulation those that need it, otherwise all it really runs on."""
         return rows.take(alive.nonzero().flatten()) if self.packing.simulate and not self.plan.taps else rows
-
-    def _after_with_memory(
-        self, memory: Memory, stream: Stream, path: int, block: int, skip: Tensor | None, alive: Tensor
-    ) -> Tensor:
-        """Rows with a valid entry reuse; the others compute, in a group of their own."""
-        part = self.plan.reused_part(block)
-        valid = torch.zeros(len(stream.rows), dtype=torch.bool)
-        if part is not None:
-            valid = memory.valid((block, part), stream.rows)
-        groups = [(mode, mask) for mode, mask in ((part, valid), (None, ~valid)) if bool(mask.any())]
-        results: list[tuple[Tensor, Tensor]] = []
-        for mode, mask in groups:
-            positions = None if bool(mask.all()) else mask.nonzero().flatten()
-            rows = stream.rows if positions is None else stream.rows.take(positions)
-            keep = alive if positions is None else alive[positions]
-            self.trace.append(Event("block", path, block, mode or "full", self._counted(rows, keep)))
-            held = memory.read((block, mode), rows) if mode is not None else {}
-            if mode == "block":
-                hidden = held["block"][0]
-            else:
-                slot = Slot(mode, memory.wanted(block), held)
-                hidden = self.backbone.blocks[block](
-                    gather(stream.hidden, positions),
-                    {name: gather(value, positions) for name, value in stream.cond.items()},
-                    None if skip is None else gather(skip, positions),
-                    slot,
-                )
-                self._remember(memory, block, rows, slot, hidden, keep)
-            results.append((torch.arange(len(stream.rows)) if positions is None else positions, hidden))
-        if len(results) == 1:
-            return results[0][1]
-        return self._in_order(results)
-
-    def _remember(self, memory: Memory, block: int, rows: Rows, slot: Slot, hidden: Tensor, keep: Tensor) -> None:
-        wanted = memory.wanted(block)
-        if "block" in wanted:
-            slot.store("block", hidden)
-        for part in wanted:
-            values = {name: tensors for name, tensors in slot.stored.items() if name.rsplit(".", 1)[-1] == part}
-            if values and bool(keep.any()):
-                memory.write((block, part), rows, values, keep)

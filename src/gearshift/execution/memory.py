@@ -71,13 +71,30 @@ class Memory:
         # -1: no valid entry. On the host, because the executor splits blocks by it.
         self._written = {key: torch.full((num_rows,), -1, dtype=torch.int64) for key in self.keys}
         self._step = -1
+        self._all = _by_block(self.keys)
+        self._wanted = self._all
 
-    def begin_call(self) -> None:
-        """Start the next call; entries written from here on carry its number."""
+    def begin_call(self, wanted: frozenset[Key] | None = None) -> None:
+        """Start the next call; entries written from here on carry its number.
+
+        `wanted` are the keys worth storing in this call, None being all of them. Storing what nobody will read costs
+        memory, and of a `map` the fused kernel.
+        """
         self._step += 1
+        self._wanted = self._all if wanted is None else _by_block(wanted & self.keys)
+
+    def fork(self) -> Memory:
+        """A memory of its own that holds the same entries; no tensor is copied."""
+        twin = Memory(self.num_rows, ())
+        twin.keys, twin._step, twin._all, twin._wanted = self.keys, self._step, self._all, self._wanted
+        # Entries are replaced and never written into, so both may hold the same tensors.
+        twin._entries = {key: dict(entry) for key, entry in self._entries.items()}
+        twin._written = {key: written.clone() for key, written in self._written.items()}
+        return twin
 
     def wanted(self, block: int) -> frozenset[str]:
-        return frozenset(part for index, part in self.keys if index == block)
+        """Parts of `block` that this call should store."""
+        return self._wanted.get(block, frozenset())
 
     def written(self, key: Key) -> Tensor:
         """Per row, the number of the call that wrote its entry, -1 where there is none; host int64 [R]."""
@@ -134,6 +151,12 @@ class Memory:
         for written in self._written.values():
             written.fill_(-1)
 
+    def drop(self, keys: Iterable[Key]) -> None:
+        """Free the tensors of `keys`, which nobody will read before they are written again."""
+        for key in keys:
+            if self._entries.pop(key, None) is not None:
+                self._written[key].fill_(-1)
+
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
@@ -143,3 +166,10 @@ class Memory:
             for tensors in entry.values()
             for t in tensors
         )
+
+
+def _by_block(keys: Iterable[Key]) -> dict[int, frozenset[str]]:
+    parts: dict[int, set[str]] = {}
+    for block, part in keys:
+        parts.setdefault(block, set()).add(part)
+    return {block: frozenset(found) for block, found in parts.items()}

@@ -47,6 +47,8 @@ class StepPlan:
         exit: rule looked at after each block that lets rows leave before `depth`.
         bypass: blocks that are dropped, by index: for all rows, or block to bool [R] for the rows that drop it.
         reuse: pairs (block, part) taken from memory, part one of `PARTS`.
+        forecast: what rows that are not called take for the prediction: their last one (0), or the line through their
+            last two, in sigma / alpha (1).
         taps: depths that are read out as well (training, analysis).
     """
 
@@ -56,6 +58,7 @@ class StepPlan:
     exit: ExitRule | None = None
     bypass: frozenset[int] | Mapping[int, Tensor] = field(default_factory=frozenset)
     reuse: frozenset[tuple[int, str]] = field(default_factory=frozenset)
+    forecast: int = 0
     taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -68,6 +71,10 @@ class StepPlan:
                 if rows.device.type not in ("cpu", "meta"):
                     raise ValueError(f"StepPlan.bypass[{block}] is decided on the host but lies on {rows.device}")
         unknown = {part for _, part in self.reuse} - set(PARTS)
+        if self.forecast not in (0, 1):
+            raise ValueError(
+                f"StepPlan.forecast={self.forecast}; 0 holds the last prediction, 1 extrapolates the last two"
+            )
         if unknown:
             raise ValueError(f"StepPlan.reuse names {sorted(unknown)}; the parts are {list(PARTS)}")
 
@@ -141,6 +148,7 @@ def join(plans: Iterable[StepPlan]) -> StepPlan:
             exit=result.exit or plan.exit,
             bypass=_either(result.bypass, plan.bypass),
             reuse=result.reuse | plan.reuse,
+            forecast=max(result.forecast, plan.forecast),
             taps=tuple(sorted({*result.taps, *plan.taps})),
         )
     return result

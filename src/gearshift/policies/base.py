@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from gearshift.diffusion.denoiser import Prediction
 from gearshift.diffusion.solvers.base import Call
 from gearshift.execution.network import Network
 from gearshift.execution.plan import FULL, StepPlan
@@ -17,16 +16,42 @@ from gearshift.runtime.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A sampling run: its calls, its network and its shape. Row r is sample r % batch of branch r // batch."""
+    """A sampling run: its calls, its network and its shape. Row r is sample r % batch of branch r // batch.
+
+    Attributes:
+        sigma_frame: the solver steps in x_0 + (sigma / alpha) eps, and not in alpha x_0 + sigma eps as x is shown.
+        backend: the kind of the network's device, "cpu" or "cuda".
+    """
 
     calls: tuple[Call, ...]
     network: Network
     batch: int
     branches: int
+    sigma_frame: bool = False
+    backend: str = "cpu"
 
     @property
     def num_rows(self) -> int:
         return self.batch * self.branches
+
+
+class Observed(Protocol):
+    """What a policy sees of a call's outcome; `diffusion.denoiser.Prediction` has more."""
+
+    @property
+    def eps(self) -> Tensor:
+        """After guidance, [B, C, H, W]."""
+        ...
+
+    @property
+    def called(self) -> Tensor:
+        """Rows that were evaluated, host bool [R]."""
+        ...
+
+    @property
+    def branches(self) -> int:
+        """Branches that eps is made of."""
+        ...
 
 
 class Policy:
@@ -34,6 +59,7 @@ class Policy:
 
     Attributes:
         static: the plans do not depend on data; they are listed before the loop.
+        forecasts: some plan extrapolates predictions, so the last two of them are kept.
     """
 
     static: ClassVar[bool] = True
@@ -41,6 +67,10 @@ class Policy:
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    @property
+    def forecasts(self) -> bool:
+        return False
 
     def check(self, run: RunInfo) -> None:
         """Raises UsageError where the policy does not fit the network or the calls."""
@@ -53,9 +83,17 @@ class Policy:
         """What `call` computes."""
         return FULL
 
-    def observe(self, state: Any, call: Call, before: Tensor, after: Tensor, prediction: Prediction) -> Any:
+    def observe(self, state: Any, call: Call, before: Tensor, after: Tensor, prediction: Observed) -> Any:
         """State after the call. `before` and `after` are the sampler's x [B, C, H, W] around the step."""
         return state
+
+    def record(self, state: Any) -> Mapping[str, Tensor]:
+        """What led to the decisions of a run that is over: tensors by name, [K, ...] over its calls."""
+        return {}
+
+    def resolved(self, run: RunInfo) -> Policy:
+        """This policy with what it leaves to the network and the device settled (`auto`), so that its name says it."""
+        return self
 
     def memory_keys(self, run: RunInfo) -> frozenset[tuple[int, str]]:
         """(block, part) pairs that plans of this run may reuse; for static policies, those its plans name."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from gearshift.diffusion.denoiser import Prediction
 from gearshift.diffusion.solvers.base import Call
 from gearshift.execution.plan import StepPlan, join
-from gearshift.policies.base import Policy, RunInfo
+from gearshift.policies.base import Observed, Policy, RunInfo
 from gearshift.runtime.config import build
 from gearshift.runtime.errors import UsageError
 
@@ -68,11 +67,25 @@ class Compose(Policy):
         return join(part.plan(own, call) for part, own in zip(self.parts, state, strict=True))
 
     def observe(
-        self, state: tuple[Any, ...], call: Call, before: Tensor, after: Tensor, prediction: Prediction
+        self, state: tuple[Any, ...], call: Call, before: Tensor, after: Tensor, prediction: Observed
     ) -> tuple[Any, ...]:
         return tuple(
             part.observe(own, call, before, after, prediction) for part, own in zip(self.parts, state, strict=True)
         )
+
+    @property
+    def forecasts(self) -> bool:
+        return any(part.forecasts for part in self.parts)
+
+    def record(self, state: tuple[Any, ...]) -> Mapping[str, Tensor]:
+        return {
+            f"{number}.{name}" if len(self.parts) > 1 else name: value
+            for number, (part, own) in enumerate(zip(self.parts, state, strict=True))
+            for name, value in part.record(own).items()
+        }
+
+    def resolved(self, run: RunInfo) -> Compose:
+        return Compose([part.resolved(run) for part in self.parts])
 
     def memory_keys(self, run: RunInfo) -> frozenset[tuple[int, str]]:
         return frozenset().union(*(part.memory_keys(run) for part in self.parts))

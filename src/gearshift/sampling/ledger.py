@@ -31,6 +31,7 @@ class LedgerData:
         full_macs: of one row through the plain network (the path its noise level is routed to), int64 [K].
         time, log_snr: process time and log-SNR of each call [K].
         branches: branches that guidance asks for at each call, int16 [K]; fewer than G outside its interval.
+        kept: bytes per sample that each call leaves in the memory for later ones, int64 [K].
     """
 
     depth: NDArray[np.int16]
@@ -41,8 +42,11 @@ class LedgerData:
     time: NDArray[np.float64]
     log_snr: NDArray[np.float64]
     branches: NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, dtype=np.int16))  # all G, if not given
+    kept: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # nothing, if not given
 
     def __post_init__(self) -> None:
+        if not self.kept.size:
+            object.__setattr__(self, "kept", np.zeros(self.macs.shape[0], dtype=np.int64))
         if not self.branches.size:
             every = np.full(self.macs.shape[0], self.macs.shape[1], dtype=np.int16)
             object.__setattr__(self, "branches", every)
@@ -70,6 +74,30 @@ class LedgerData:
         """Network evaluations per image, each guidance branch counted."""
         return float(self.called.sum() / self.num_samples)
 
+    @property
+    def kept_bytes(self) -> int:
+        """The most that is kept of one sample at a time for later calls, in bytes."""
+        return int(self.kept.max(initial=0))
+
+    @property
+    def blocks_reused(self) -> float:
+        """Share of the blocks along the evaluated rows' ways that took something from memory."""
+        blocks = int(self.depth.sum(dtype=np.int64))
+        return float(self.reused.sum(dtype=np.int64)) / blocks if blocks else 0.0
+
+    def longest_skip(self) -> tuple[int, float]:
+        """Most calls in a row that some sample did without the network, and the greatest span of log-SNR from a
+        computed call to the last that used its prediction."""
+        ran: NDArray[np.bool_] = np.any(self.called, axis=1)  # [K, N]
+        longest, widest = 0, 0.0
+        since = np.zeros(self.num_samples, dtype=np.int64)
+        level = np.full(self.num_samples, self.log_snr[0])
+        for call, evaluated in enumerate(ran):
+            since = np.where(evaluated, 0, since + 1)
+            level = np.where(evaluated, self.log_snr[call], level)
+            longest, widest = max(longest, int(since.max())), max(widest, float((self.log_snr[call] - level).max()))
+        return longest, widest
+
     def take(self, samples: slice) -> LedgerData:
         """Some of the samples."""
         return LedgerData(
@@ -81,6 +109,7 @@ class LedgerData:
             self.time,
             self.log_snr,
             self.branches,
+            self.kept,
         )
 
     @staticmethod
@@ -96,6 +125,7 @@ class LedgerData:
             time=first.time,
             log_snr=first.log_snr,
             branches=first.branches,
+            kept=np.max([part.kept for part in parts], axis=0),
         )
 
     def save(self, path: Path) -> None:
@@ -108,8 +138,9 @@ class LedgerData:
         """Raises RunError where the file is no ledger."""
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
-                # A file from before guidance had an interval has no `branches`.
-                return cls(**{n: data[n] for n in cls.__dataclass_fields__ if n in data or n != "branches"})
+                # Files from before guidance had an interval, or parts were reused, lack these.
+                later = ("branches", "kept")
+                return cls(**{n: data[n] for n in cls.__dataclass_fields__ if n in data or n not in later})
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise RunError(f"{path} is not a ledger ({error}); make it again with gearshift sample") from error
 
@@ -129,9 +160,11 @@ class Ledger:
         self._calls: list[Call] = []
         self._rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._branches: list[int] = []
+        self._kept: list[int] = []
 
-    def record(self, call: Call, prediction: Prediction) -> None:
-        """Enter one call. Everything needed is on the host already."""
+    def record(self, call: Call, prediction: Prediction, kept_bytes: int = 0) -> None:
+        """Enter one call, after which the memory holds `kept_bytes` for the whole chunk. Everything needed is on the
+        host already."""
         total = self.branches * self.batch
         macs = torch.zeros(total, dtype=torch.int64)
         reused = torch.zeros(total, dtype=torch.int16)
@@ -147,6 +180,7 @@ class Ledger:
         self._calls.append(call)
         self._rows.append((prediction.depth, prediction.called, macs, reused))
         self._branches.append(prediction.branches)
+        self._kept.append(kept_bytes // self.batch)
 
     def close(self) -> LedgerData:
         """The arrays of the chunk."""
@@ -163,4 +197,5 @@ class Ledger:
             time=np.array([call.time for call in self._calls], dtype=np.float64),
             log_snr=np.array([call.log_snr for call in self._calls], dtype=np.float64),
             branches=np.array(self._branches, dtype=np.int16),
+            kept=np.array(self._kept, dtype=np.int64),
         )

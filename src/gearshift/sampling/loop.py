@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gearshift.backbones.base import check_text
-from gearshift.diffusion.denoiser import Denoiser, Held, Prediction
+from gearshift.diffusion.denoiser import Denoiser, Prediction
 from gearshift.diffusion.solvers.base import Call, Solver
 from gearshift.execution.cost import CostTable
-from gearshift.execution.memory import Memory
 from gearshift.execution.outputs import PACK, Packing
-from gearshift.execution.stream import to_device
 from gearshift.policies.base import Policy, RunInfo
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
 from gearshift.sampling.ledger import Ledger, LedgerData
 from gearshift.sampling.prompts import Prompts
-from gearshift.sampling.switching import DepthWatch
+from gearshift.sampling.stepping import Stepper, worth_storing
 
 LABELS = ("uniform", "balanced")
 
@@ -62,7 +60,7 @@ class Sampler:
         if self.chunk < 1:
             raise UsageError(f"chunk={self.chunk} images per pass; it must be at least 1")
         self.solver.check(self.denoiser.process)
-        self.policy.check(RunInfo(self.calls(), network, self.chunk, self.branches))
+        self.policy.check(self.info(self.calls()))
         if self.branches == 2:
             network.null_cond(1, self.device)
         if self.guidance_channels is not None and not 1 <= self.guidance_channels <= network.in_channels:
@@ -95,6 +93,11 @@ class Sampler:
     def calls(self) -> tuple[Call, ...]:
         return self.solver.calls(self.denoiser.process)
 
+    def info(self, calls: tuple[Call, ...], index: Tensor | None = None) -> RunInfo:
+        """What a policy is told of a run over the images `index`; None is a whole chunk."""
+        batch = self.chunk if index is None else len(index)
+        return RunInfo(calls, self.denoiser.network, batch, self.branches, self.solver.sigma_frame, self.device.type)
+
     def cond(self, index: Tensor) -> Tensor | None:
         """Conditioning of images `index` (int64 [B]): labels [B], text [B, L, D], or None."""
         network = self.denoiser.network
@@ -123,12 +126,14 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images [n, C, H, W] fp32 in [-1, 1] (not clipped), their indices, conditioning and ledger."""
+    """Images [n, C, H, W] fp32 in [-1, 1] (not clipped), their indices, conditioning and ledger, and what the policy
+    has to say of its decisions (`Policy.record`)."""
 
     index: Tensor
     images: Tensor
     cond: Tensor | None
     ledger: LedgerData
+    record: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -145,64 +150,32 @@ def sample_chunk(
 
     `on_call` is told each call when it is done, `on_prediction` also what was predicted, on the device.
     """
-    denoiser, solver, policy = sampler.denoiser, sampler.solver, sampler.policy
-    network = denoiser.network
+    solver, policy = sampler.solver, sampler.policy
+    network = sampler.denoiser.network
     cond = sampler.cond(index) if cond is None else cond
-    shape = (network.in_channels, network.image_size, network.image_size)
     calls = sampler.calls()
-    run = RunInfo(calls, network, len(index), sampler.branches)
-    state = policy.begin(run)
+    info = sampler.info(calls, index)
+    state = policy.begin(info)
     plans = [policy.plan(state, call) for call in calls] if policy.static else None
-    reusable = policy.memory_keys(run)
-    memory = Memory(run.num_rows, reusable) if reusable else None
+    stepper = Stepper(sampler, index, cond, policy.memory_keys(info), policy.forecasts)
+    store = None if plans is None or not stepper.reusable else worth_storing(info, plans)
     levels = torch.tensor([call.log_snr for call in calls], dtype=torch.float64)
     full_macs = [table.full(network, path).macs for path in network.route(levels).tolist()]
-    ledger = Ledger(table, full_macs, run.branches, run.batch)
-    held: Held | None = None
-    watch = DepthWatch(run.branches, run.batch) if solver.restart_at_switch else None
-    solved = solver.begin(denoiser.process, keys.normal(sampler.seed, "init_noise", index, 0, shape))
+    ledger = Ledger(table, full_macs, info.branches, info.batch)
+    point = stepper.begin()
     for call in calls:
         plan = policy.plan(state, call) if plans is None else plans[call.position]
-        if memory is not None:
-            memory.begin_call()
-        x = solver.network_input(solved, call)
-        with torch.autocast(x.device.type, sampler.dtype, enabled=sampler.dtype != torch.float32):
-            prediction = denoiser.predict(
-                x,
-                call.time,
-                cond,
-                plan=plan,
-                guidance=sampler.guidance,
-                guidance_channels=sampler.guidance_channels,
-                guidance_interval=sampler.guidance_interval,
-                memory=memory,
-                held=held,
-                level=(call.alpha, call.sigma),
-                packing=sampler.packing,
-            )
-        held = prediction.held
-        noise = None
-        if call.needs_noise:
-            noise = keys.normal(sampler.seed, "step_noise", index, call.position, shape)
-        fresh = prediction.called.reshape(run.branches, run.batch)[: prediction.branches].all(0)
-        some = bool(fresh.any()) and not bool(fresh.all())
-        solved = solver.advance(
-            solved,
-            call,
-            prediction.eps,
-            variance=prediction.variance,
-            noise=noise,
-            fresh=to_device(fresh, x.device) if some else bool(fresh.all()),
-            switched=False if watch is None else watch.switched(plan, prediction, x.device),
-        )
+        point, x, prediction = stepper.step(point, call, plan, None if store is None else store[call.position])
         if not policy.static:
-            state = policy.observe(state, call, x, solver.result(solved), prediction)
-        ledger.record(call, prediction)
+            state = policy.observe(state, call, x, solver.result(point.solved), prediction)
+        if point.memory is not None and store is not None:
+            point.memory.drop(stepper.reusable - store[call.position])
+        ledger.record(call, prediction, 0 if point.memory is None else point.memory.num_bytes)
         if on_prediction is not None:
             on_prediction(call, prediction)
         if on_call is not None:
             on_call(call)
-    return Chunk(index, solver.result(solved), cond, ledger.close())
+    return Chunk(index, solver.result(point.solved), cond, ledger.close(), policy.record(state))
 
 
 def sample(

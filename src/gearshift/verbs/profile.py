@@ -15,8 +15,7 @@ from gearshift.diffusion.solvers.base import Solver
 from gearshift.evaluation.stage_costs import account, interval, stored
 from gearshift.evaluation.training_costs import training_mix
 from gearshift.execution.cost import Cost, CostTable
-from gearshift.execution.outputs import Event
-from gearshift.execution.stream import Rows
+from gearshift.execution.parts import kept_bytes
 from gearshift.objectives.base import Objective
 from gearshift.policies.base import Policy, RunInfo
 from gearshift.runtime.progress import note
@@ -118,8 +117,9 @@ def _under(denoiser: Denoiser, policy: Policy, solver: Any, table: CostTable, gu
     network = denoiser.network
     info = RunInfo(calls, network, 1, branches)
     policy.check(info)
+    policy = policy.resolved(info)
     full = branches * sum(table.full(network, path_of(network, call)).macs for call in calls)
-    answer = {
+    answer: dict[str, Any] = {
         "name": policy.name,
         "solver": solver.name,
         "calls": len(calls) * branches,
@@ -131,18 +131,10 @@ def _under(denoiser: Denoiser, policy: Policy, solver: Any, table: CostTable, gu
     macs = called = 0
     for call in calls:
         plan = policy.plan(state, call)
-        if plan.call is not True:
-            continue
-        called += branches
-        path = path_of(network, call)
-        blocks = network.paths[path]
-        depth = len(blocks) if plan.depth is None else min(int(plan.depth), len(blocks))
-        cost = table.of(Event("embed", path, 0, "full", Rows(1))).macs
-        cost += table.of(Event("readout", path, depth, "full", Rows(1))).macs
-        for block in blocks[:depth]:
-            mode = "bypass" if block in plan.bypass else (plan.reused_part(block) or "full")
-            cost += table.of(Event("block", path, block, mode, Rows(1))).macs
-        macs += branches * cost
+        rows = int(torch.as_tensor(plan.call).expand(branches).sum())
+        called += rows
+        if rows:
+            macs += rows * table.of_plan(network, plan, path_of(network, call)).macs
     return {
         **answer,
         "calls": called,
@@ -150,6 +142,8 @@ def _under(denoiser: Denoiser, policy: Policy, solver: Any, table: CostTable, gu
         # Skipped calls count: what a step of the solver costs on average, in each branch.
         "gmacs_per_call": macs / 1e9 / (len(calls) * branches),
         "macs_saved": 1 - macs / full,
+        # What a sample keeps between calls, were everything kept that some call reuses.
+        "kept_bytes_per_image": branches * kept_bytes(network, policy.memory_keys(info)),
     }
 
 

@@ -74,12 +74,14 @@ class Solver(ABC):
         name: what messages and tables call it.
         stochastic: whether some call needs fresh noise.
         restart_at_switch: whether a change of depth starts the history again; without it ``advance`` need not be told.
+        sigma_frame: whether ``State.x`` is in the frame x_0 + (sigma / alpha) eps.
     """
 
     Config: ClassVar[type[Any]]
     name: str
     stochastic: bool = False
     restart_at_switch: bool = False
+    sigma_frame: bool = False
 
     @abstractmethod
     def check(self, process: Process) -> None:

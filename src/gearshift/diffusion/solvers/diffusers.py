@@ -51,6 +51,7 @@ class DiffusersSolver(Solver):
         self.config = config
         self.name = f"diffusers:{config.scheduler}"
         self.traits = SCHEDULERS[config.scheduler]
+        self.sigma_frame = self.traits.sigma_frame
         self.options = dict(config.options)
         self.stochastic = str(self.options.get("algorithm_type", "")).startswith("sde-")
         self.restart_at_switch = config.restart_at_switch

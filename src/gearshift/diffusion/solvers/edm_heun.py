@@ -82,6 +82,7 @@ class EDMHeun(Solver):
 
     Config = EDMHeunConfig
     name = "edm_heun"
+    sigma_frame = True
 
     def __init__(self, config: EDMHeunConfig) -> None:
         self.config = config
