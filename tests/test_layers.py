@@ -17,7 +17,7 @@ LAYERS = [
     {"policies", "objectives"},
     {"sampling"},
     {"assembly"},
-    {"training", "evaluation", "stages"},
+    {"training", "evaluation", "stages", "planning"},
     {"api"},
     {"verbs"},
     {"cli"},

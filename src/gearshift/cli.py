@@ -65,6 +65,7 @@ encode = _task("encode")
 compare = _task("compare")
 table = _task("table")
 stages = _task("stages")
+plan = _task("plan")
 
 
 def main() -> None:

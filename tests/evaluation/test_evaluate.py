@@ -18,6 +18,7 @@ from gearshift.data.dataset import ImageDataset, content_digest
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
 from gearshift.evaluation import evaluate
+from gearshift.evaluation.baselines import macs_of
 from gearshift.evaluation.evaluate import Evaluator
 from gearshift.evaluation.features import FeatureExtractor
 from gearshift.evaluation.instruments import Instruments
@@ -200,23 +201,62 @@ def test_where_no_row_is_within_the_tolerance_psnr_decides(evaluator: Make) -> N
 # Baselines -----------------------------------------------------------------------------------------------------------
 
 
-def test_fewer_steps_at_the_macs_of_the_best_exit(evaluator: Make) -> None:
+def test_fewer_steps_at_the_macs_of_the_best_rows(evaluator: Make) -> None:
     policies = {"skip": SKIP, "depth 3": POLICIES["depth 3"]}
-    e = evaluator(policies=policies, solvers={"ddim": ddim(10)}, equal_macs=True)
+    e = evaluator(policies=policies, solvers={"ddim": ddim(10)}, equal_macs=True, baselines=["fewer_steps"])
     e.run()
     found = rows(e)
-    [fewer] = [row for row in found.values() if "equal_macs_to" in row]
-    assert fewer["equal_macs_to"] == "depth 3"
-    assert fewer["steps"] == round(10 * (1 - found["depth 3"]["macs_saved"]))
-    assert fewer["name"] == f"full, {fewer['steps']} steps"
-    assert fewer["macs_saved"] == pytest.approx(1 - fewer["steps"] / 10)
-    assert fewer["psnr_to_full"] is not None, "compared with full compute at all steps"
+    fewer = [row for row in found.values() if "equal_macs_to" in row]
+    assert [row["equal_macs_to"] for row in fewer] == ["depth 3", "skip"]
+    for row in fewer:
+        assert row["steps"] == int(10 * (1 - found[row["equal_macs_to"]]["macs_saved"]) + 1e-9)
+        assert row["name"] == f"full, {row['steps']} steps"
+        assert row["macs_saved"] == pytest.approx(1 - row["steps"] / 10)
+        assert row["psnr_to_full"] is not None, "compared with full compute at all steps"
+        assert row["baseline"] == "fewer_steps"
 
 
 def test_no_baseline_where_nothing_is_saved(evaluator: Make) -> None:
-    e = evaluator(policies={"skip": SKIP, "depth 5": POLICIES["depth 5"]}, equal_macs=True)
+    e = evaluator(policies={"depth 5": POLICIES["depth 5"]}, equal_macs=True)
     e.run()
-    assert list(e.rows) == ["full", "skip", "depth 5"]
+    assert list(e.rows) == ["full", "depth 5"]
+
+
+@pytest.mark.parametrize("off", [{"equal_macs": False}, {"equal_macs": True, "baselines": []}])
+def test_without_baselines_there_is_what_was_asked_for(evaluator: Make, off: dict[str, Any]) -> None:
+    e = evaluator(policies={"skip": SKIP, "depth 3": POLICIES["depth 3"]}, **off)
+    e.run()
+    assert list(e.rows) == ["full", "skip", "depth 3"]
+    assert not any({"equal_macs_to", "baseline", "note", "grid"} & set(row) for row in rows(e).values())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_baselines_cost_what_was_counted_and_what_they_are_set_against(evaluator: Make, guidance: float) -> None:
+    """Counted from the plans before anything is sampled; the ledger agrees."""
+    e = evaluator(
+        policies={"skip": SKIP, "depth 4": POLICIES["depth 4"]},
+        solvers={"ddim": ddim(10)},
+        equal_macs=True,
+        classes=True,
+        guidance=guidance,
+    )
+    e.run()
+    found = rows(e)
+    added = {name: row for name, row in found.items() if "equal_macs_to" in row}
+    assert {row["baseline"] for row in added.values()} == {"fewer_steps", "other_grid", "hurry", "deep_features"}
+    for name, row in added.items():
+        sampler = e.rows[name].row.sampler
+        assert macs_of(sampler, sampler.policy, e.table) == row["macs_per_image"]
+        target = found[row["equal_macs_to"]]
+        if "saves less" in row.get("note", ""):
+            assert row["macs_per_image"] > target["macs_per_image"]
+        else:
+            assert row["macs_per_image"] <= target["macs_per_image"] * 1.005
+        assert row["macs_saved"] > 0
+    [late] = [row for row in added.values() if row["baseline"] == "hurry"]
+    assert late["blocks_reused"] == pytest.approx(0.9) and late["kept_bytes_per_image"] > 0
+    assert "also against skip" in late["note"] and late["equal_macs_to"] == "depth 4"
+    assert e.rows[late["name"]].row.sampler.policy.operator == "map"  # settled: the row says which
 
 
 # Time ----------------------------------------------------------------------------------------------------------------
@@ -252,6 +292,7 @@ def test_two_entries_of_one_solver_have_a_reference_each(evaluator: Make, monkey
         timing_images=2,
         timing_rounds=3,
         equal_macs=True,
+        baselines=["fewer_steps"],
     )
     e.run()
     found = rows(e)
@@ -329,6 +370,7 @@ def test_rows_are_the_images_of_the_sampler(evaluator: Make) -> None:
             "weights.incepton=x.pth: no such network; there are inception, vgg16, alex",
         ),
         ({"keep_samples": "jpg"}, "keep_samples='jpg' is not one of none, npz, png"),
+        ({"baselines": ["fewer_steps", "hurray"]}, "hurray'.*is not one of fewer_steps, other_grid, hurry, deep_feat"),
         ({"split": "val"}, "split='val' is neither train nor test"),
         ({"policies": {"a b": SKIP, "a-b": SKIP}}, "would share the file name 'a-b'"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from gearshift.evaluation import reduce
 from gearshift.evaluation.batches import all_cores
+from gearshift.evaluation.settings import EvaluationConfig
+from gearshift.evaluation.shards import Shards
 from gearshift.sampling.ledger import LedgerData
 
 
@@ -36,8 +40,31 @@ def test_cost_in_closed_form() -> None:
     assert numbers["full_equivalents"] == pytest.approx(macs / 50)
     assert numbers["macs_saved"] == pytest.approx(1 - macs / 200)
     assert numbers["mean_depth"] == pytest.approx((5 + 3 + 1 + 2 + 5 + 5) / 6)
+    assert (numbers["longest_skip"], numbers["blocks_reused"], numbers["kept_bytes_per_image"]) == (1, 0.0, 0)
+    assert numbers["longest_skip_log_snr"] == pytest.approx(10 / 3)
     same = reduce.cost_numbers(full, full, 4)
     assert (same["macs_saved"], same["full_equivalents"]) == (0.0, 4.0)
+
+
+def test_reuse_and_what_is_kept_for_it() -> None:
+    reusing = replace(
+        ledger([[5, 5], [5, 5]]),
+        reused=np.array([[[0, 0]], [[5, 2]]], dtype=np.int16),
+        kept=np.array([1200, 0], dtype=np.int64),
+    )
+    numbers = reduce.cost_numbers(reusing, ledger([[5, 5], [5, 5]]), 2)
+    assert numbers["blocks_reused"] == pytest.approx(7 / 20) and numbers["kept_bytes_per_image"] == 1200
+
+
+def test_what_is_kept_is_the_most_of_any_chunk(tmp_path: Path) -> None:
+    """A policy that decides by data may keep more in a later chunk."""
+    shards = Shards(tmp_path, "0")
+    for number, kept in enumerate(([0, 3], [5, 2], [1, 1])):
+        data = replace(ledger([[5, 5], [5, 5]]), kept=np.array(kept, dtype=np.int64))
+        shards.save(number, {f"ledger/{name}": getattr(data, name) for name in data.__dataclass_fields__})
+    settings = EvaluationConfig(solvers={"x": {}}, num_images=6, chunk=2)
+    found = reduce.RowArrays(shards, settings, []).ledger()
+    assert found.kept.tolist() == [5, 3] and found.kept_bytes == 5 and found.num_samples == 6
 
 
 def test_fewer_steps_save_against_all_steps() -> None:

@@ -16,7 +16,7 @@ from gearshift import cli
 from gearshift.evaluation import conditions, throughput
 from gearshift.evaluation.conditions import Quiet
 from gearshift.evaluation.throughput import BUSY, Timing, interleave
-from gearshift.verbs import bench
+from gearshift.verbs import bench_calls
 
 CPU = torch.device("cpu")
 
@@ -251,13 +251,58 @@ def test_bench_counts_both_branches_of_guidance(capsys: pytest.CaptureFixture[st
     assert once["rows"][0]["macs_saved"] == pytest.approx(twice["rows"][0]["macs_saved"])
 
 
+REUSING = [
+    ["policy=skip_every", "policy.k=3"],
+    ["policy=hurry", "policy.last=4", "policy.operator=output"],
+    ["policy=deep_features", "policy.interval=3"],
+    ["policy=exit_schedule"],
+]
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("policy", REUSING, ids=lambda policy: policy[0])
+@pytest.mark.parametrize("guidance", [1, 2])
+def test_bench_of_what_plans_differently_at_every_call_saves_what_profile_says(
+    capsys: pytest.CaptureFixture[str], policy: list[str], guidance: int
+) -> None:
+    """Two strata of seven calls: skips and reuse fall between the calls that are timed."""
+    common = [*policy, "shrink=true", "solver.steps=7", f"guidance={guidance}"]
+    [row] = said(capsys, "bench", *TINY, *common)["rows"]
+    assert row["macs_saved"] == pytest.approx(said(capsys, "profile", *common)["policy"]["macs_saved"], abs=1e-12)
+    assert row["macs_saved"] > 0.05
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("extrapolate", ["true", "false"])
+def test_bench_of_a_policy_that_looks_back(capsys: pytest.CaptureFixture[str], extrapolate: str) -> None:
+    """It has seen full compute before each call that is timed: after the warm-up it skips wherever it may."""
+    policy = ["policy=adaptive_skip", "policy.threshold=1e9", f"policy.extrapolate={extrapolate}", "solver.steps=8"]
+    [row] = said(capsys, "bench", *TINY, *policy, "strata=8")["rows"]
+    assert row["macs_saved"] == pytest.approx(3 / 8)  # four to warm up, and the last one
+
+
+def test_the_plans_of_one_part_weigh_by_how_often_they_are_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One part of six calls, of which 1 and 3 are skipped, in no time: four sixths of the time are left."""
+
+    def fake(methods: Any, rounds: int, device: Any, **_: Any) -> Any:
+        assert list(methods) == ["full", "policy", "policy 1"]
+        return {key: Timing((1e-9 if key == "policy 1" else 1.0,) * rounds) for key in methods}, 0.0
+
+    monkeypatch.setattr(bench_calls, "interleave", fake)
+    [row] = said(capsys, "bench", *TINY, "solver.steps=6", "strata=1", "policy=skip_every", "policy.k=2")["rows"]
+    assert row["time_saved"] == pytest.approx(2 / 6) and row["macs_saved"] == pytest.approx(2 / 6)
+    assert row["ms_per_call"] == pytest.approx(1000 * 4 / 6)
+
+
 def scripted(monkeypatch: pytest.MonkeyPatch, share: float, others: float | None) -> None:
     """Every policy takes `share` of what full compute takes."""
 
     def fake(methods: Any, rounds: int, device: Any, **_: Any) -> Any:
         return {key: Timing((1.0 if key == "full" else share,) * rounds) for key in methods}, others
 
-    monkeypatch.setattr(bench, "interleave", fake)
+    monkeypatch.setattr(bench_calls, "interleave", fake)
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.5, "met"), (0.95, "missed"), (1.2, "missed")])
@@ -293,8 +338,8 @@ def test_strata_weigh_by_what_full_compute_takes(
         now = times.pop(0)
         return {key: Timing((now[key],) * rounds) for key in methods}, 0.0
 
-    monkeypatch.setattr(bench, "interleave", fake)
-    [row] = said(capsys, "bench", *TINY, "policy=fixed_depth", "policy.depth=4")["rows"]
+    monkeypatch.setattr(bench_calls, "interleave", fake)
+    [row] = said(capsys, "bench", *TINY, "solver.steps=4", "policy=fixed_depth", "policy.depth=4")["rows"]
     assert row["time_saved"] == pytest.approx(1 - 1.6 / 4)
     assert row["ms_per_call"] == pytest.approx(1000 * statistics.mean([1.0, 0.6]))
 

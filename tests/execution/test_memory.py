@@ -111,3 +111,85 @@ def test_skips_are_narrowed_when_popped() -> None:
 def test_gather_of_everything_is_the_tensor_itself() -> None:
     x = torch.ones(2)
     assert gather(x, None) is x
+
+
+def filled() -> Memory:
+    memory = Memory(4, [(0, "map"), (0, "block"), (1, "qk")])
+    memory.begin_call()
+    memory.write((0, "map"), Rows(4), {"map": (torch.arange(4.0),)})
+    memory.write((1, "qk"), Rows(4), {"a.qk": (torch.ones(4, 2), torch.zeros(4, 2)), "b.qk": (torch.ones(4),)})
+    return memory
+
+
+def contents(memory: Memory) -> dict[tuple[int, str], dict[str, list[list[float]]]]:
+    valid = {key: Rows(4, memory.valid(key, Rows(4)).nonzero().flatten()) for key in memory.keys}
+    return {
+        key: {name: [t.tolist() for t in tensors] for name, tensors in memory.read(key, rows).items()}
+        for key, rows in valid.items()
+        if len(rows)
+    }
+
+
+def test_a_fork_holds_the_same_tensors() -> None:
+    memory = filled()
+    twin = memory.fork()
+    assert twin.keys == memory.keys and twin.num_bytes == memory.num_bytes and contents(twin) == contents(memory)
+    for key in ((0, "map"), (1, "qk")):
+        assert twin.written(key).tolist() == memory.written(key).tolist()
+        for name, tensors in memory.read(key, Rows(4)).items():
+            assert all(a is b for a, b in zip(tensors, twin.read(key, Rows(4))[name], strict=True))
+    twin.begin_call()  # it goes on counting where the first stands
+    twin.write((0, "block"), Rows(4), {"block": (torch.ones(4),)})
+    assert twin.written((0, "block")).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("change", ["whole", "rows", "forget", "drop", "invalidate", "wanted"])
+@pytest.mark.parametrize("of_the_fork", [True, False])
+def test_a_fork_goes_its_own_way(change: str, of_the_fork: bool) -> None:
+    memory = filled()
+    twin = memory.fork()
+    changed, other = (twin, memory) if of_the_fork else (memory, twin)
+    before, written = contents(other), {key: other.written(key).tolist() for key in other.keys}
+    size, rows = other.num_bytes, Rows(4, torch.tensor([1, 3]))
+    if change != "wanted":
+        changed.begin_call()
+    if change == "whole":
+        changed.write((0, "map"), Rows(4), {"map": (torch.zeros(4),)})
+    elif change == "rows":
+        changed.write((0, "map"), rows, {"map": (torch.full((2,), 9.0),)})
+        changed.write((1, "qk"), rows, {"a.qk": (torch.full((2, 2), 9.0),) * 2, "b.qk": (torch.full((2,), 9.0),)})
+    elif change == "forget":
+        changed.forget(torch.tensor([0]))
+    elif change == "drop":
+        changed.drop([(0, "map"), (1, "qk")])
+    elif change == "invalidate":
+        changed.invalidate()
+    else:
+        changed.begin_call(frozenset())
+        assert not changed.wanted(0) and other.wanted(0) == {"map", "block"}
+        return
+    assert contents(changed) != before
+    assert contents(other) == before and other.num_bytes == size
+    assert {key: other.written(key).tolist() for key in other.keys} == written
+
+
+def test_a_call_may_store_less() -> None:
+    memory = Memory(2, [(0, "map"), (0, "block"), (1, "qk")])
+    assert memory.wanted(0) == {"map", "block"}
+    memory.begin_call(frozenset({(0, "block"), (5, "map"), (1, "map")}))  # keys that are not the run's are not stored
+    assert memory.wanted(0) == {"block"} and not memory.wanted(1) and not memory.wanted(5)
+    memory.begin_call(frozenset())
+    assert not memory.wanted(0)
+    memory.begin_call()
+    assert memory.wanted(0) == {"map", "block"} and memory.wanted(1) == {"qk"}
+
+
+def test_what_is_dropped_takes_no_room_and_is_not_valid() -> None:
+    memory = filled()
+    memory.drop([(1, "qk"), (0, "block")])  # of the second nothing is there
+    assert memory.num_bytes == 4 * 4
+    assert memory.written((1, "qk")).tolist() == [-1] * 4 and not memory.valid((1, "qk"), Rows(4)).any()
+    assert memory.written((0, "map")).tolist() == [0] * 4
+    memory.begin_call()
+    memory.write((1, "qk"), Rows(4, torch.tensor([2])), {"a.qk": (torch.ones(1, 2), torch.ones(1, 2))})
+    assert memory.valid((1, "qk"), Rows(4)).tolist() == [False, False, True, False]

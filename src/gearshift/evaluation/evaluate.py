@@ -4,8 +4,8 @@ Sampling, rounding to uint8 and everything that looks at an image happen in one 
 Processes take whole chunks and leave what they saw in files (`shards`); the main process puts them together in order,
 so one process and many give the same bits, and a run that was interrupted goes on where it stopped.
 
-Every row is compared with the full computation of its own solver at all its steps. Rows of full compute with fewer
-steps, at the MACs of the best exit row, are the baseline an adaptive method has to beat.
+Every row is compared with the full computation of its own solver at all its steps. What the same MACs buy without the
+method (fewer steps, schedules made by hand) is added at the price of the best rows, see `baselines`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 
 from gearshift.data.dataset import ImageDataset
 from gearshift.data.decoding import ToPixels
-from gearshift.evaluation import reduce
+from gearshift.evaluation import baselines, reduce
+from gearshift.evaluation.baselines import Target, baselines_of
 from gearshift.evaluation.batches import all_cores
 from gearshift.evaluation.instruments import Instruments
 from gearshift.evaluation.keep import keep_samples
 from gearshift.evaluation.reference import Statistics
-from gearshift.evaluation.rows import Row, fewer_steps, fingerprint, plan_rows
+from gearshift.evaluation.rows import Row, fingerprint, plan_rows
 from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.evaluation.shards import Shards
 from gearshift.evaluation.speed import SpeedSettings, measure_scaling, measure_speed, saving_realised
@@ -93,7 +94,7 @@ class Evaluator:
         self.scaling: dict[str, Any] | None = None
 
     def run(self) -> None:
-        """Sample what is not there yet, compare, add the equal-MACs baselines, and take the times. Collective."""
+        """Sample what is not there yet, compare, add the baselines at equal MACs, and take the times. Collective."""
         peers.meet()
         if is_main():
             with all_cores():
@@ -190,8 +191,8 @@ class Evaluator:
             "repeats": s.repeats,
             "distribution": reduce.distribution(images),
         }
-        if row.equal_macs_to is not None:
-            numbers["equal_macs_to"] = row.equal_macs_to
+        told = {name: getattr(row, name) for name in ("equal_macs_to", "baseline", "note", "grid")}
+        numbers |= {name: value for name, value in told.items() if value is not None}
         if s.keep_samples != "none":
             keep_samples(self.folder / "samples", row.name, arrays.column(), s.keep_samples)
         return Done(row, numbers, ledger, images, arrays.images(SHOWN_IMAGES))
@@ -203,34 +204,36 @@ class Evaluator:
     # Baselines -------------------------------------------------------------------------------------------------------
 
     def _baselines(self) -> list[Row]:
-        """Rows of fewer steps, decided by the main process for all."""
-        choices: list[tuple[str, str, float]] = []
-        if is_main():
-            for name in self._fulls:
-                best = self.best([row.name for row in self.planned if row.full == name and not row.is_full], name)
-                if best is not None:
-                    choices.append((name, best, 1 - self.rows[best].numbers["macs_saved"]))
-        found = [
-            fewer_steps(self.settings, self._make_sampler, self._fulls[full], share, best)
-            for full, best, share in peers.broadcast(choices)
+        """What the best rows are set against; the main process says which these are."""
+        chosen = peers.broadcast({full: self._targets(full) for full in self._fulls} if is_main() else {})
+        return [
+            row
+            for full, targets in chosen.items()
+            for row in baselines_of(
+                self.settings, self._make_sampler, self.table, self._fulls[full], targets, self.planned
+            )
         ]
-        return [row for row in found if row is not None]
+
+    def _targets(self, full: str) -> list[Target]:
+        """The best exit row under a solver, and the best row that skips or reuses, where there are such."""
+        names = [row.name for row in self.planned if row.full == full and not row.is_full]
+        exits = [name for name in names if self._leaves_early(name)]
+        others = [name for name in names if name not in exits]
+        found = [self.best(exits, full), self._best(others, full)]
+        return [Target(name, self.rows[name].numbers["macs_per_image"]) for name in found if name is not None]
 
     def best(self, names: Sequence[str], full_name: str) -> str | None:
         """The exit row that saves most MACs among those within the tolerance of full compute; None if none saves."""
-        full = self.rows[full_name].numbers
-        exits = [name for name in names if self.rows[name].ledger.called.all()]  # skipped calls are no exits
-        saving = [name for name in exits if self.rows[name].numbers["macs_saved"] > 0]
-        within = [
-            name
-            for name in saving
-            if "label_agreement" in full
-            and self.rows[name].numbers["label_agreement"] >= full["label_agreement"] - self.settings.tolerance / 100
-        ]
-        if within:
-            return max(within, key=lambda name: self.rows[name].numbers["macs_saved"])
-        # Images equal to those of full compute have no finite PSNR and come first.
-        return max(saving, key=lambda name: self.rows[name].numbers["psnr_to_full"] or float("inf"), default=None)
+        return self._best([name for name in names if self._leaves_early(name)], full_name)
+
+    def _best(self, names: Sequence[str], full: str) -> str | None:
+        numbers = {name: done.numbers for name, done in self.rows.items()}
+        return baselines.best(numbers, names, full, self.settings.tolerance)
+
+    def _leaves_early(self, name: str) -> bool:
+        """Whether a row saves by depth alone: it makes the calls of full compute, and takes nothing from memory."""
+        own, full = self.rows[name].ledger, self.rows[self.rows[name].row.full].ledger
+        return bool((own.called == full.called).all()) and not own.reused.any()
 
     # Time ------------------------------------------------------------------------------------------------------------
 

@@ -14,14 +14,16 @@ from gearshift.evaluation.table import Row, format_count, format_number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MEAN, _SKIPPED = COLOURS[1], MUTED
+_MEAN, _SKIPPED, _REUSED = COLOURS[1], MUTED, COLOURS[4]
 
 
-def exits_over_time(depths: Mapping[str, np.ndarray]) -> bytes:
+def exits_over_time(depths: Mapping[str, np.ndarray], reused: Mapping[str, np.ndarray] | None = None) -> bytes:
     """One panel per run: the share of samples that left at each depth (shade) at each call, the mean depth of the
-    samples for which the network ran, their 10th and 90th percentiles, and the calls that were skipped.
+    samples for which the network ran, their 10th and 90th percentiles, the calls that were skipped, and how many blocks
+    took something from memory (hatched).
 
-    `depths[name]` holds integers [calls, samples]: blocks run, 0 where the network was not called.
+    `depths[name]` holds integers [calls, samples]: blocks run, 0 where the network was not called; `reused[name]` how
+    many of these reused.
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -44,9 +46,12 @@ def exits_over_time(depths: Mapping[str, np.ndarray]) -> bytes:
         if skips:
             axes.axhline(0.5, color=MUTED, linewidth=0.6)
             _draw_skips(axes, share[0])
+        taken = (reused or {}).get(name)
+        if taken is not None:
+            _draw_reuse(axes, depth, taken)
         _draw_depths(axes, depth)
         axes.set_title(fit(name, 3.0, 9.5), fontsize=9.5, loc="left", color=INK, pad=16)
-        axes.text(0, 1.03, _summary(depth), transform=axes.transAxes, fontsize=8, color=MUTED, va="bottom")
+        axes.text(0, 1.03, _summary(depth, taken), transform=axes.transAxes, fontsize=8, color=MUTED, va="bottom")
         axes.set_ylim(-0.5 if skips else 0.5, deepest + 0.5)
         axes.set_xlim(0.5, len(depth) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -78,6 +83,20 @@ def _draw_skips(axes: Axes, share: np.ndarray) -> None:
             axes.bar(position + 1, 0.7, bottom=-0.35, width=0.92, color=_SKIPPED, alpha=0.25 + 0.75 * float(part))
 
 
+def _draw_reuse(axes: Axes, depth: np.ndarray, reused: np.ndarray) -> None:
+    """Hatched from below: how many blocks took something from memory, the mean over samples for which the network ran.
+
+    How many, not which: a block in the middle may be the one that reused.
+    """
+    for position, (ran, taken) in enumerate(zip(depth > 0, reused, strict=True)):
+        height = float(taken[ran].mean()) if ran.any() else 0.0
+        if height > 0:
+            axes.bar(
+                position + 1, height, bottom=0.5, width=1.0,
+                facecolor="none", edgecolor=_REUSED, hatch="////", linewidth=0.0, alpha=0.8,
+            )  # fmt: skip
+
+
 def _draw_depths(axes: Axes, depth: np.ndarray) -> None:
     """Mean and percentiles of the depth over the samples for which the network ran; gaps where it ran for none."""
     calls = np.arange(1, len(depth) + 1)
@@ -92,12 +111,15 @@ def _draw_depths(axes: Axes, depth: np.ndarray) -> None:
     axes.plot(calls, mean, color=_MEAN, linewidth=1.7, drawstyle="steps-mid", marker=".", markersize=4)
 
 
-def _summary(depth: np.ndarray) -> str:
+def _summary(depth: np.ndarray, reused: np.ndarray | None = None) -> str:
     ran = depth[depth > 0]
     skipped = float((depth == 0).mean())
+    taken = 0.0 if reused is None else float(reused.sum(dtype=np.int64))
     parts = [f"mean depth {format_number(float(ran.mean()))}"] if ran.size else []
     if skipped:
-        parts.append(f"{100 * skipped:.0f} % of calls skipped")
+        parts.append(f"{100 * skipped:.0f} % {'' if taken else 'of calls '}skipped")  # one line has to do
+    if taken:
+        parts.append(f"{100 * taken / float(depth.sum(dtype=np.int64)):.0f} % of blocks reuse")
     return ", ".join(parts)
 
 

@@ -200,8 +200,9 @@ def _draw_points(
     joined: dict[tuple[Any, ...], list[Point]] = {}
     for point in points:
         row = rows[point[0]]
-        # Full compute is one line over its steps; a policy is one line over its thresholds at one number of steps.
-        steps = None if is_baseline(row) else row.get("steps")
+        # Full compute is one line over its steps on one grid; a policy is one line over its thresholds at one number of
+        # steps.
+        steps = row.get("grid") if is_baseline(row) else row.get("steps")
         joined.setdefault((family(row), row.get("solver"), steps, row.get("evaluation")), []).append(point)
     for members in joined.values():
         members.sort(key=lambda point: point[1:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -213,12 +214,18 @@ def to_png(figure: Figure) -> bytes:
 
 def family(row: Row) -> str:
     """Runs that belong together: `family` where the row names one, else the policy's name up to its first number or
-    bracket ("uncertainty < 0.1" and "uncertainty < 0.2" are one family)."""
+    bracket with a number ("uncertainty < 0.1" and "uncertainty < 0.2" are one family, "skip (error) < 0.1" another than
+    "skip < 0.1"). Of compositions every part counts."""
     named = row.get("family")
     if named:
         return str(named)
-    policy = str(row.get("policy", row["name"]))
-    cut = next((k for k, letter in enumerate(policy) if letter.isdigit() or letter in "([<>="), len(policy))
+    return " + ".join(_family(part) for part in str(row.get("policy", row["name"])).split(" + "))
+
+
+def _family(policy: str) -> str:
+    bracket = re.match(r"[^\d(\[<>=]*\([^\d()]*\)", policy)
+    start = bracket.end() if bracket else 0
+    cut = next((k for k, letter in enumerate(policy) if k >= start and (letter.isdigit() or letter in "([<>=")), None)
     return policy[:cut].strip() or policy
 
 

@@ -45,6 +45,9 @@ class RowArrays:
         arrays = {name: column.read(f"ledger/{name}", axis=2) for name in LEDGER}
         of_calls = [f"ledger/{name}" for name in LedgerData.__dataclass_fields__ if name not in LEDGER]
         fixed = self._shards.load(column.numbers[0], of_calls)
+        # A policy that decides by data may keep more in one chunk than in another.
+        kept = [self._shards.load(number, ["ledger/kept"])["ledger/kept"] for number in column.numbers]
+        fixed["ledger/kept"] = np.max(kept, axis=0)
         return LedgerData(**arrays, **{name.removeprefix("ledger/"): value for name, value in fixed.items()})
 
     def images(self, count: int) -> Array:
@@ -75,8 +78,9 @@ class RowArrays:
 
 
 def cost_numbers(ledger: LedgerData, full: LedgerData, calls: int) -> dict[str, Any]:
-    """MACs, FLOPs, calls and depth of a row. `full` is the full computation at all steps."""
+    """MACs, FLOPs, calls, depth, skips and reuse of a row. `full` is the full computation at all steps."""
     one_call = float(np.mean(ledger.full_macs))
+    longest, span = ledger.longest_skip()
     return {
         "steps": calls,
         "calls": ledger.calls_per_image,
@@ -87,6 +91,10 @@ def cost_numbers(ledger: LedgerData, full: LedgerData, calls: int) -> dict[str, 
         # Against the full computation at all steps, so that fewer steps show as a saving too.
         "macs_saved": 1 - ledger.macs_per_image / full.full_macs_per_image,
         "mean_depth": float(ledger.depth[ledger.called].mean(dtype=np.float64)) if ledger.called.any() else 0.0,
+        "longest_skip": longest,
+        "longest_skip_log_snr": span,
+        "blocks_reused": ledger.blocks_reused,
+        "kept_bytes_per_image": ledger.kept_bytes,
     }
 
 

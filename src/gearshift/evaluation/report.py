@@ -55,12 +55,14 @@ class Pictures:
     Attributes:
         samples: uint8 [n <= 100, C, H, W], the same noise and label at one position of every row.
         depths: integers [calls, branches * samples], blocks run; 0 where the network was not called.
+        reused: of these, blocks that took something from memory.
         per_image: {"macs_per_image": [N], "psnr_to_full": [N] (nan where the images are identical), "mean_depth": [N]}.
         full_of: the row of full compute it is compared with.
     """
 
     samples: Mapping[str, np.ndarray] = field(default_factory=dict)
     depths: Mapping[str, np.ndarray] = field(default_factory=dict)
+    reused: Mapping[str, np.ndarray] = field(default_factory=dict)
     per_image: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     full_of: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,7 +81,7 @@ def write_report(folder: str | Path, results: Mapping[str, Any], pictures: Pictu
     folder = Path(folder)
     rows: list[Row] = list(results["rows"])
     names = [str(row["name"]) for row in rows]
-    pictured = {*pictures.samples, *pictures.depths, *pictures.per_image, *pictures.full_of}
+    pictured = {*pictures.samples, *pictures.depths, *pictures.reused, *pictures.per_image, *pictures.full_of}
     unknown = sorted({*pictured, *pictures.full_of.values()} - set(names))
     if unknown or len(set(names)) != len(names):
         raise ValueError(f"row names must be unique and cover the pictures: rows {names}, without a row {unknown}")
@@ -142,7 +144,10 @@ def _figures(rows: Sequence[Row], pictures: Pictures) -> list[Figure]:
             "Blocks run at each call: shade is the share of samples, the line the mean of those for which the network "
             "ran, dashes their 10th and 90th percentile. Grey blocks are skipped calls (pale: skipped by some samples)."
         )
-        found.append(Figure("exits.png", "Exits over time", caption, figures.exits_over_time(pictures.depths)))
+        if any(reused.any() for reused in pictures.reused.values()):
+            caption += " Hatched from below: so many of the blocks took something from memory, on average."
+        exits = figures.exits_over_time(pictures.depths, pictures.reused)
+        found.append(Figure("exits.png", "Exits over time", caption, exits))
     spread = figures.distributions(pictures.per_image, rows) if pictures.per_image else None
     if spread is not None:
         caption = "Histograms over images, each scaled to its own peak; the upright line and the number are the median."
@@ -159,7 +164,8 @@ def cost_figure(file: str, rows: Sequence[Row], key: str, **marks: Sequence[str]
     """`key` against MACs and against measured time."""
     caption = (
         f"{pareto.measure_name(key)} against MACs and against measured time. What lies in the shaded part is not on "
-        "the front: some row is as cheap and as good. Hollow points are full compute at all its steps and at fewer."
+        "the front: some row is as cheap and as good. Hollow points are full compute at all its steps and at fewer, "
+        "one dashed line per grid."
     )
     missing = [str(row["name"]) for row in rows if not is_number(row.get(key))]
     if missing:
@@ -175,6 +181,8 @@ def cost_figure(file: str, rows: Sequence[Row], key: str, **marks: Sequence[str]
 
 def _blocks(results: Mapping[str, Any], rows: Sequence[Row], table: Table, drawn: Sequence[Figure]) -> list[Block]:
     blocks: list[Block] = [Tabled(table), Text(legend(rows), quiet=True)]
+    added = baseline_lines(rows)
+    blocks += [Text("Added as baselines, at the MACs of what each is set against:"), Bullets(added)] if added else []
     for key in ("warnings", "timing_warnings"):
         if results.get(key):
             blocks.append(Bullets(results[key], warn=True))
@@ -229,6 +237,23 @@ def legend(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
+def baseline_lines(rows: Sequence[Row]) -> list[str]:
+    """What each baseline is, and whose MACs it has."""
+    what = {
+        "fewer_steps": "full compute with fewer steps",
+        "other_grid": "full compute with fewer steps on another grid",
+        "hurry": "attention taken from memory at the last calls",
+        "deep_features": "deep features taken from memory between computed calls",
+    }
+    lines = []
+    for row in rows:
+        if row.get("equal_macs_to") is not None:
+            kind = what.get(str(row.get("baseline")), what["fewer_steps"])
+            note = f" ({row['note']})" if row.get("note") else ""
+            lines.append(f"{row['name']}: {kind}, against {row['equal_macs_to']}{note}")
+    return lines
+
+
 def how_to_read(rows: Sequence[Row]) -> list[str]:
     """What the numbers of these rows are, and what they are not."""
     keys = {key for row in rows for key, value in row.items() if value is not None}
@@ -239,6 +264,17 @@ def how_to_read(rows: Sequence[Row]) -> list[str]:
         "Full-network equivalents are these MACs over those of one evaluation of the plain network.",
         "Savings, speed-ups and closeness to full are against full compute with the same solver at all its steps.",
     ]
+    if "equal_macs_to" in keys:
+        lines.append(
+            "Baselines are what the MACs of the best rows buy without the method: of the best row that leaves early, "
+            "and of the best that skips calls or reuses. Steps are whole, so they rather cost a little less than more. "
+            "A method that does not beat them has saved nothing that fewer steps or a fixed schedule would not."
+        )
+    if "kept_bytes_per_image" in keys and any(row.get("kept_bytes_per_image") for row in rows):
+        lines.append(
+            "Kept per image is the most that lies in memory for later calls at a time, both branches of guidance "
+            "together; the held prediction of skipped calls is not in it."
+        )
     if "images_per_s" in keys:
         lines.append(
             "MACs saved are not time saved: times were measured, under the conditions below, and hold for those."

@@ -143,6 +143,7 @@ def pictures(evaluator: Evaluator) -> Pictures:
     return Pictures(
         samples={name: done.images for name, done in rows.items()},
         depths={name: done.ledger.depth.reshape(len(done.ledger.depth), -1) for name, done in rows.items()},
+        reused={name: done.ledger.reused.reshape(len(done.ledger.reused), -1) for name, done in rows.items()},
         per_image={name: done.per_image for name, done in rows.items()},
         full_of={name: done.row.full for name, done in rows.items()},
     )

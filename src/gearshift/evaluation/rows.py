@@ -19,7 +19,6 @@ from gearshift.assembly import build_policy, build_solver
 from gearshift.evaluation.conditions import is_compiled
 from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.policies import Full
-from gearshift.runtime import config
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import slug
 from gearshift.sampling.loop import Sampler
@@ -35,7 +34,10 @@ class Row:
         name: shown, and unique.
         solver: name of its entry under `solvers`.
         full: name of the row of full compute it is compared with; its own name for that row.
-        equal_macs_to: the row whose MACs it was made to match, for the baseline of fewer steps.
+        equal_macs_to: the row whose MACs it was made to match, for baselines.
+        baseline: which of `settings.BASELINES` it is; None for rows that were asked for.
+        note: what must be said of a baseline.
+        grid: the spacing of its steps, where that is not the solver's own.
     """
 
     name: str
@@ -43,6 +45,9 @@ class Row:
     full: str
     sampler: Sampler
     equal_macs_to: str | None = None
+    baseline: str | None = None
+    note: str | None = None
+    grid: str | None = None
 
     @property
     def is_full(self) -> bool:
@@ -57,7 +62,7 @@ def plan_rows(settings: EvaluationConfig, make_sampler: Callable[..., Sampler]) 
     rows = []
     for name, node in settings.solvers.items():
         solver = build_solver(node)
-        suffix = _suffix(settings, name)
+        suffix = suffix_of(settings, name)
         full = f"full{suffix}"
         rows.append(Row(full, name, full, sampler_of(settings, make_sampler, Full(), solver)))
         for title, policy_node in settings.policies.items():
@@ -72,19 +77,6 @@ def plan_rows(settings: EvaluationConfig, make_sampler: Callable[..., Sampler]) 
                 f"the rows {other!r} and {row.name!r} would share the file name {slug(row.name)!r}; rename one"
             )
     return rows
-
-
-def fewer_steps(
-    settings: EvaluationConfig, make_sampler: Callable[..., Sampler], full: Row, share: float, equal_macs_to: str
-) -> Row | None:
-    """Full compute with the number of steps that costs `share` of it; None where that is no fewer."""
-    node = config.plain(settings.solvers[full.solver])
-    usual = node.get("steps") or len(full.sampler.calls())
-    steps = max(1, round(usual * share))
-    if steps >= usual:
-        return None
-    sampler = sampler_of(settings, make_sampler, Full(), build_solver({**node, "steps": steps}))
-    return Row(f"full, {steps} steps{_suffix(settings, full.solver)}", full.solver, full.name, sampler, equal_macs_to)
 
 
 def sampler_of(settings: EvaluationConfig, make_sampler: Callable[..., Sampler], policy: Any, solver: Any) -> Sampler:
@@ -103,7 +95,8 @@ def sampler_of(settings: EvaluationConfig, make_sampler: Callable[..., Sampler],
     )
 
 
-def _suffix(settings: EvaluationConfig, solver: str) -> str:
+def suffix_of(settings: EvaluationConfig, solver: str) -> str:
+    """What tells rows of one policy under several solvers apart."""
     return f" @ {solver}" if len(settings.solvers) > 1 else ""
 
 

@@ -14,6 +14,8 @@ from gearshift.runtime.errors import UsageError
 METRICS: Mapping[str, str] = {**PAIRED, **DISTRIBUTION}
 """Every metric that can be named; PSNR and SSIM to the full computation are always there."""
 KEEP = ("none", "npz", "png")
+BASELINES = ("fewer_steps", "other_grid", "hurry", "deep_features")
+"""What is added at the MACs of the best rows, see `evaluation.baselines`."""
 
 
 @dataclass
@@ -42,9 +44,10 @@ class EvaluationConfig:
         timing_rounds: interleaved rounds.
         timing_sweep: further batch sizes to time.
         latency_repeats: single images timed for percentiles of the latency; 0 leaves them out.
-        equal_macs: add full compute with fewer steps at the MACs of the best exit row of each solver.
-        tolerance: points of label agreement an exit row may lose and still count as best (without labels: PSNR
-            decides).
+        equal_macs: add baselines at the MACs of each solver's best exit row and best row that skips or reuses.
+        baselines: which ones, of `BASELINES`: full compute with fewer steps on the solver's own grid and on another,
+            late reuse of attention (HURRY) and deep features at an interval (DeepCache), where the network allows it.
+        tolerance: points of label agreement a row may lose and still count as best (without labels: PSNR decides).
     """
 
     name: str = "default"
@@ -72,6 +75,7 @@ class EvaluationConfig:
     timing_sweep: list[int] = field(default_factory=list)
     latency_repeats: int = 0
     equal_macs: bool = True
+    baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     tolerance: float = 3.0
 
     def __post_init__(self) -> None:
@@ -92,6 +96,10 @@ class EvaluationConfig:
                 raise UsageError(f"evaluation.weights.{name}={path}: no such network; there are {', '.join(FILES)}")
         if self.keep_samples not in KEEP:
             raise UsageError(f"evaluation.keep_samples={self.keep_samples!r} is not one of {', '.join(KEEP)}")
+        unknown = [name for name in self.baselines if name not in BASELINES]
+        if unknown:
+            known = ", ".join(BASELINES)
+            raise UsageError(f"evaluation.baselines={list(self.baselines)}: {unknown[0]!r} is not one of {known}")
         if self.guidance_interval is not None and len(self.guidance_interval) != 2:
             raise UsageError(
                 f"evaluation.guidance_interval={list(self.guidance_interval)} is not a pair; give the least and the "

@@ -34,13 +34,15 @@ def direction(key: str) -> int:
 
 @dataclass(frozen=True)
 class Column:
-    """How one key of the rows is shown. `better` is +1 when more is better, -1 when less is, 0 when neither."""
+    """How one key of the rows is shown. `better` is +1 when more is better, -1 when less is, 0 when neither; `rare`
+    keys are shown where some row has more than nothing of them."""
 
     key: str
     heading: str
-    kind: Literal["text", "int", "macs", "percent", "times", "number"]
+    kind: Literal["text", "int", "macs", "bytes", "percent", "times", "number"]
     better: int = 0
     group: str = ""
+    rare: bool = False
 
     @property
     def title(self) -> str:
@@ -61,6 +63,8 @@ class Column:
             return f"{value:g}" if isinstance(value, float) else str(value)
         if self.kind == "macs":
             return format_count(float(value))
+        if self.kind == "bytes":
+            return format_bytes(float(value))
         if self.kind == "percent":
             return f"{100 * float(value):.1f} %"
         if self.kind == "times":
@@ -95,6 +99,8 @@ _COLUMNS = (
     Column("macs_per_image", "MACs/image", "macs", 0, _COST),
     Column("flops_per_image", "FLOPs/image", "macs", 0, _COST),
     Column("macs_saved", "MACs saved", "percent", +1, _COST),
+    Column("blocks_reused", "blocks that reuse", "percent", 0, _COST, rare=True),
+    Column("kept_bytes_per_image", "kept/image", "bytes", 0, _COST, rare=True),
     Column("label_agreement", "label agreement", "percent", +1, _QUALITY),
     Column("psnr_to_full", "PSNR to full (global)", "number", +1, _CLOSE),
     Column("psnr_to_full_per_image", "PSNR to full (per image)", "number", +1, _CLOSE),
@@ -147,9 +153,14 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         )
         for key in ordered
     }
-    known = [column for column in _COLUMNS if any(row.get(column.key) is not None for row in rows)]
+    known = [column for column in _COLUMNS if any(_shows(row, column) for row in rows)]
     # Columns of one group stand together: sorting is stable.
     return sorted([*known, *own.values()], key=lambda column: _GROUPS.index(column.group))
+
+
+def _shows(row: Row, column: Column) -> bool:
+    value = row.get(column.key)
+    return value is not None and (not column.rare or (is_number(value) and value > 0))
 
 
 def best_rows(rows: Sequence[Row], column: Column) -> set[int]:

@@ -21,7 +21,7 @@ from gearshift.execution.memory import NO_SLOT, Slot
 from gearshift.execution.network import Network, common_prefix
 from gearshift.execution.outputs import Event
 from gearshift.execution.plan import StepPlan
-from gearshift.execution.reach import unread
+from gearshift.execution.reach import embedded_skips, unread
 from gearshift.execution.stream import Stream
 
 REUSED_IN_BLOCK = ("qk", "map", "output")
@@ -93,10 +93,8 @@ class CostTable:
         if plan.depth is not None:
             blocks = blocks[: min(plan.depth, len(blocks))]
         modes = {b: "bypass" if b in plan.bypass else plan.reused_part(b) or "full" for b in blocks}
-        embedded = sum(b in backbone.pops for b in backbone.paths[path]) - sum(
-            b in backbone.pushes for b in backbone.paths[path]
-        )
-        for block in unread(backbone, blocks, {b for b, mode in modes.items() if mode == "block"}, embedded):
+        whole = {b for b, mode in modes.items() if mode == "block"}
+        for block in unread(backbone, blocks, whole, embedded_skips(backbone, backbone.paths[path])):
             modes[block] = "block"
         total = self.entries["embed", path, 0, "full"] + self.entries["readout", path, len(blocks), "full"]
         for block in blocks:

@@ -192,8 +192,8 @@ class _Execution:
             last = max(int(targets.max()), *plan.taps, 0)
         if until is not None:
             last = until
-        if start == 0 and until is None and bool((targets == last).all()):
-            self.unread = self._unread(stream, blocks[:last])
+        one_depth = start == 0 and until is None and bool((targets == targets[0]).all())
+        self.unread = self._unread(stream, blocks[: int(targets[0])]) if one_depth else frozenset()
         for depth in range(start, last + 1):
             if depth == until:  # exits and taps here belong to the paths that go on
                 break
@@ -327,8 +327,10 @@ class _Execution:
 
     def _block(self, stream: Stream, path: int, block: int, alive: Tensor) -> None:
         """Run, reuse or bypass one block, in place on the stream. Rows that have left leave no entry in the memory."""
-        if block in self.unread:
+        idle = block in self.unread
+        if idle:
             self.trace.append(Event("block", path, block, "block", self._counted(stream.rows, alive)))
+        if idle and not self.packing.simulate:
             if block in self.backbone.pops:
                 stream.skips.pop()
             if block in self.backbone.pushes:
@@ -336,7 +338,9 @@ class _Execution:
             return
         skip = stream.pop() if block in self.backbone.pops else None
         dropped = self.plan.bypassed(block, stream.rows)
-        if isinstance(dropped, Tensor):
+        if idle:  # simulated: what comes behind the rows' depth wants its shapes, and leaves nothing behind
+            stream.hidden = self.backbone.blocks[block](stream.hidden, stream.cond, skip, NO_SLOT)
+        elif isinstance(dropped, Tensor):
             results: list[tuple[Tensor, Tensor]] = []
             for drops, mask in ((False, ~dropped), (True, dropped)):
                 here = mask.nonzero().flatten()

@@ -11,6 +11,11 @@ from collections.abc import Collection, Sequence
 from gearshift.execution.network import Network
 
 
+def embedded_skips(network: Network, path: Sequence[int]) -> int:
+    """Long skips that the embedding pushes: those that the blocks of a path pop and none of them has pushed."""
+    return sum(block in network.pops for block in path) - sum(block in network.pushes for block in path)
+
+
 def unread(network: Network, blocks: Sequence[int], whole: Collection[int], embedded: int) -> frozenset[int]:
     """Blocks whose output has no reader, when `whole` are taken from memory and the last block is read out.
 

@@ -6,7 +6,7 @@ and the same number of guidance branches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Planned(Policy):
             their last prediction.
         depth: blocks run at each call that is evaluated; 0 is all of them.
         reuse: at each call, block to the part that is taken from memory.
-        extrapolate: branches that are not evaluated continue the line through their last two predictions.
+        forecast: at each call, whether branches that are not evaluated continue the line through their last two
+            predictions (1) or take the last one as it is (0). Empty: they all take the last.
     """
 
     file: str | None = None
@@ -49,14 +50,16 @@ class Planned(Policy):
     call: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
     reuse: list[dict[int, str]] = field(default_factory=list)
-    extrapolate: bool = False
+    forecast: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.file is not None:
             self._read(self.file)
         if not self.call:
             raise UsageError("policy Planned has no plan; name a file of gearshift plan (policy.file=FILE)")
-        lengths = {name: len(getattr(self, name)) for name in ("log_snr", "call", "depth", "reuse")}
+        if not self.forecast:
+            object.__setattr__(self, "forecast", [0] * len(self.call))
+        lengths = {name: len(getattr(self, name)) for name in ("log_snr", "call", "depth", "reuse", "forecast")}
         if len(set(lengths.values())) != 1:
             listed = ", ".join(f"{name} {count}" for name, count in lengths.items())
             raise UsageError(f"policy Planned needs one entry per call in each list, and has {listed}")
@@ -74,8 +77,11 @@ class Planned(Policy):
     def _read(self, path: str) -> None:
         from omegaconf import DictConfig, OmegaConf
 
-        if self.call or self.network:
-            raise UsageError(f"policy Planned: file={path} and fields of a plan are given; keep one of them")
+        beside = [one.name for one in fields(self) if one.name != "file" and getattr(self, one.name) != _default(one)]
+        if beside:
+            raise UsageError(
+                f"policy Planned: file={path} and fields of a plan ({', '.join(beside)}) are given; keep one of them"
+            )
         try:
             node = OmegaConf.load(Path(path))
         except (OSError, UnicodeDecodeError) as error:
@@ -83,12 +89,13 @@ class Planned(Policy):
         except Exception as error:  # YAML's own errors have no common base with OmegaConf's
             raise UsageError(f"file={path} is no YAML ({str(error).splitlines()[0]})") from error
         wanted = f"{type(self).__module__}.{type(self).__qualname__}"
-        if not isinstance(node, DictConfig) or node.get(config.TARGET) not in (wanted, "gearshift.policies.Planned"):
+        tree = config.plain(node) if isinstance(node, DictConfig) else {}
+        if tree.get(config.TARGET) not in (wanted, "gearshift.policies.Planned"):
             raise UsageError(f"file={path} is no plan: it does not say {config.TARGET}: gearshift.policies.Planned")
-        if node.get("file") is not None:
+        if tree.get("file") is not None:
             raise UsageError(f"file={path} names another plan; name that one")
         read: Any = config.parse(
-            {str(key): value for key, value in node.items() if key != config.TARGET}, Planned, path=path, owner=Planned
+            {str(key): value for key, value in tree.items() if key != config.TARGET}, Planned, path=path, owner=Planned
         )
         for one in fields(self):
             object.__setattr__(self, one.name, getattr(read, one.name))
@@ -99,7 +106,7 @@ class Planned(Policy):
 
     @property
     def forecasts(self) -> bool:
-        return self.extrapolate
+        return any(self.forecast)
 
     def check(self, run: RunInfo) -> None:
         again = "make a plan for this run (gearshift plan)"
@@ -145,8 +152,12 @@ class Planned(Policy):
             call=flag,
             depth=self.depth[position] or None,
             reuse=frozenset(self.reuse[position].items()) if evaluated else frozenset(),
-            forecast=int(self.extrapolate),
+            forecast=int(bool(self.forecast[position])),
         )
 
     def plan(self, state: RunInfo, call: Call) -> StepPlan:
         return self.plan_of(call.position, state.batch)
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()

@@ -16,7 +16,8 @@ from torch import Tensor
 from gearshift.diffusion.denoiser import Held, Prediction
 from gearshift.diffusion.solvers.base import Call, State
 from gearshift.execution.memory import Key, Memory
-from gearshift.execution.plan import StepPlan
+from gearshift.execution.plan import PARTS, StepPlan
+from gearshift.execution.reach import embedded_skips, unread
 from gearshift.execution.stream import to_device
 from gearshift.policies.base import RunInfo
 from gearshift.runtime import keys
@@ -138,13 +139,15 @@ def worth_storing(run: RunInfo, plans: Sequence[StepPlan]) -> list[frozenset[Key
         if plan.call is False:
             continue
         depth = len(path) if plan.depth is None else int(plan.depth)
-        for block in path[:depth]:
-            part = plan.reused_part(block)
-            if block in plan.bypass or part == "block":
-                awaited |= {(block, "block")} if part == "block" and block not in plan.bypass else set()
-                continue
-            # A block that runs writes what it computes; what it takes from memory it leaves as it is.
-            awaited -= {key for key in awaited if key[0] == block and key[1] != part}
+        taken = {block: plan.reused_part(block) for block in path[:depth] if block not in plan.bypass}
+        whole = {block for block, part in taken.items() if part == "block"}
+        idle = unread(run.network, path[:depth], whole, embedded_skips(run.network, path))
+        for block, part in taken.items():
+            # What surely runs writes what it surely computes: everything, or what lies behind the part that it takes.
+            if block not in idle:
+                written = PARTS if part is None else PARTS[max(PARTS.index(part) + 1, PARTS.index("output")) :]
+                awaited -= {(block, one) for one in written}
+            # Where an entry lacks for some row even an idle block may run, so it may read, too.
             if part is not None:
                 awaited.add((block, part))
     return wanted[::-1]

@@ -80,6 +80,19 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "gearshift stages method=gradient_affinity run=RUN",
         ),
     ),
+    "plan": (
+        "plan",
+        "what every call should compute under a budget, to a policy file; or the threshold of a policy that meets one",
+        (
+            "gearshift plan run=RUN budget=0.5 guidance=2.5 solver.steps=25",
+            "gearshift sample run=RUN guidance=2.5 solver.steps=25 policy=planned policy.file=FILE",
+            "gearshift plan run=RUN budget=0.5 'space=[steps]' search=anneal",
+            "gearshift plan run=RUN budget=0.8 'space=[attention]' search=anneal start=hurry",
+            "gearshift plan run=RUN budget=0.6 policy=adaptive_skip",
+            "gearshift plan run=RUN budget=2.5 unit=ms",
+            "gearshift plan run=RUN 'grade=[adaptive_skip,embedded_error_skip]'",
+        ),
+    ),
     "compare": (
         "compare",
         "several evaluations joined into one table and one plot, with what differs between their protocols",
@@ -116,6 +129,8 @@ VERBS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "gearshift bench training=true backbone=dit_digits exits=none policy=ase_demo batch=64",
             "gearshift bench run=RUN policy=uncertainty_exit policy.threshold=0.1",
             "gearshift bench sampling=true run=RUN policy=uncertainty_exit 'batches=[1,8,32,128]' latency_repeats=20",
+            "gearshift bench steps=true run=RUN guidance=2.5 solver.steps=25",
+            "gearshift bench steps=true backbone=uvit_cifar10 batch=32 solver.steps=6 strata=1 repeats=3 warmup=1",
             "gearshift bench features=true batch=128",
             "gearshift bench stages=true backbone=multi_decoder_vp exits=none process=vp batch=128",
         ),

@@ -1,13 +1,14 @@
-"""`gearshift sample`: images (one .npz, or a PNG each), a grid (.png) and the ledger."""
+"""`gearshift sample`: images (one .npz, or a PNG each), a grid (.png), the ledger, and what a policy decided on."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import itertools
+import math
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,34 @@ from gearshift.diffusion.solvers.base import Call
 from gearshift.diffusion.solvers.switches import switches
 from gearshift.evaluation.sample_files import AdmWriter, PngFolder
 from gearshift.execution.cost import CostTable
-from gearshift.runtime import config, launch
+from gearshift.runtime import config, launch, peers
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import atomic_write
 from gearshift.runtime.progress import Progress, note
 from gearshift.runtime.run import RunFolder
 from gearshift.sampling.gather import gather_chunks
 from gearshift.sampling.ledger import LedgerData
-from gearshift.sampling.loop import Chunk, Sampler, sample, sample_chunk
+from gearshift.sampling.loop import Chunk, Sampler, sample_chunk
 from gearshift.sampling.prompts import Prompts
 
 FORMATS = ("npz", "png")
 _SHOWN = 100
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the main process has when all is sampled.
+
+    Attributes:
+        images: where they are.
+        shown: the first of them, uint8 [n, C, H, W].
+        decisions: arrays of `decisions.npz`; empty where the policy has nothing to say.
+    """
+
+    images: Path
+    ledger: LedgerData
+    shown: Tensor
+    decisions: dict[str, np.ndarray]
 
 
 def guidance_scale(w: float | None, s: float | None) -> float:
@@ -92,18 +109,25 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     written = _write(sampler, pixels, cfg.start, cfg.num_images, folder, layout)
     if written is None:  # another process has the rest
         return None
-    images, ledger, shown = written
+    ledger = written.ledger
     from gearshift.evaluation.plots import sample_grid
 
-    atomic_write(folder / "grid.png", sample_grid(shown.numpy()))
+    atomic_write(folder / "grid.png", sample_grid(written.shown.numpy()))
     ledger.save(folder / "ledger.npz")
+    decisions = folder / "decisions.npz"
+    decisions.unlink(missing_ok=True)  # of an earlier command
+    if written.decisions:
+        atomic_write(decisions, lambda file: np.savez_compressed(file, **written.decisions))  # type: ignore[arg-type]
     if sampler.prompts is not None:
         asked = [sampler.prompts.text(index) for index in range(cfg.start, cfg.start + cfg.num_images)]
         atomic_write(folder / "prompts.txt", "".join(f"{text}\n" for text in asked))
-    more: dict[str, Any] = {"switches": _switches(sampler, cfg.start)} if cfg.switches else {}
+    more: dict[str, Any] = {"decisions": str(decisions)} if written.decisions else {}
+    if cfg.switches:
+        more["switches"] = _switches(sampler, cfg.start)
+    longest, span = ledger.longest_skip()
     return {
         "run": str(loaded.folder.path),
-        "images": str(images),
+        "images": str(written.images),
         "grid": str(folder / "grid.png"),
         "ledger": str(folder / "ledger.npz"),
         "num_images": cfg.num_images,
@@ -112,6 +136,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         "calls": ledger.calls_per_image,
         "macs_per_image": ledger.macs_per_image,
         "macs_saved": ledger.macs_saved,
+        "longest_skip": longest,
+        "longest_skip_log_snr": span if math.isfinite(span) else None,
+        "kept_bytes_per_image": ledger.kept_bytes,
         "decode_macs_per_image": pixels.macs(sampler.denoiser.network.image_size),
         **more,
     }
@@ -137,10 +164,8 @@ def _switches(sampler: Sampler, start: int) -> list[dict[str, Any]]:
     return found
 
 
-def _write(
-    sampler: Sampler, pixels: ToPixels, start: int, count: int, folder: Path, layout: str
-) -> tuple[Path, LedgerData, Tensor] | None:
-    """Samples and writes chunk by chunk: where the images are, the ledger, and the first images, uint8 [n, C, H, W].
+def _write(sampler: Sampler, pixels: ToPixels, start: int, count: int, folder: Path, layout: str) -> Written | None:
+    """Samples and writes chunk by chunk.
 
     None on all but the main process. Collective where several processes are at work: they take whole chunks in turn,
     and the main one writes a turn while it holds no other.
@@ -154,20 +179,15 @@ def _write(
     ledgers: list[LedgerData] = []
     labels: list[Tensor] = []
     shown: list[Tensor] = []
+    records: list[tuple[int, int, Mapping[str, Tensor]]] = []
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(own * len(sampler.calls()), "sample", unit="calls"))
-        made = sample(
-            sampler,
-            count,
-            start=start,
-            rank=rank,
-            world_size=processes,
-            on_call=lambda _: progress.update(1),
-        )
+        made = _made(sampler, start, count, lambda: progress.update(1))
         npz = stack.enter_context(AdmWriter(target, count, shape)) if layout == "npz" and rank == 0 else None
         pngs = PngFolder(target) if layout == "png" else None
         for _ in range(0, chunks, processes):
             mine = [_looked_at(chunk, pixels) for chunk in itertools.islice(made, 1)]
+            records += [(int(chunk.index[0]), len(chunk.index), chunk.record) for chunk in mine]
             if pngs is not None:
                 for chunk in mine:
                     pngs.write(chunk.images, start=int(chunk.index[0]))
@@ -181,7 +201,8 @@ def _write(
                 labels += [] if chunk.cond is None else [chunk.cond]
                 missing = _SHOWN - sum(map(len, shown))
                 shown += [chunk.images[:missing]] if missing > 0 else []
-        if rank != 0:
+        recorded = peers.gather(records, "its chunks were sampled")
+        if recorded is None:
             return None
         index = np.arange(start, start + count)
         if npz is not None:
@@ -193,7 +214,47 @@ def _write(
     if pngs is not None and labels:
         classes = torch.cat(labels).numpy()
         atomic_write(folder / "labels.npz", lambda file: np.savez(file, index=index, arr_1=classes))
-    return target, LedgerData.merge(ledgers), torch.cat(shown)
+    ordered = sorted((one for part in recorded for one in part), key=lambda one: one[0])
+    return Written(target, LedgerData.merge(ledgers), torch.cat(shown), decisions_of(ordered))
+
+
+def _made(sampler: Sampler, start: int, count: int, on_call: Callable[[], None]) -> Iterator[Chunk]:
+    """This process's chunks of the images `start`..., trimmed to the range, with what the policy recorded."""
+    sampler.check()
+    table = CostTable.measure(sampler.denoiser.network)
+    for index in sampler.chunks(start, start + count)[launch.rank() :: launch.world_size()]:
+        chunk = sample_chunk(sampler, index, table, on_call=lambda _: on_call())
+        first = int(index[0])
+        kept = slice(max(start - first, 0), min(sampler.chunk, start + count - first))
+        # What is said of every sample has them along its last axis, after the calls.
+        record = {
+            name: value[..., kept] if value.ndim > 1 and value.shape[-1] == len(index) else value
+            for name, value in chunk.record.items()
+        }
+        cond = None if chunk.cond is None else chunk.cond[kept]
+        yield Chunk(index[kept], chunk.images[kept], cond, chunk.ledger.take(kept), record)
+
+
+def decisions_of(records: Sequence[tuple[int, int, Mapping[str, Tensor]]]) -> dict[str, np.ndarray]:
+    """The records of chunks in order, as arrays; empty where there are none.
+
+    Args:
+        records: first image, number of images, and record of every chunk.
+
+    Returns:
+        What is said of every sample [K, ..., N], what is said of a batch [K, ..., chunks], and `first`, the first image
+        of each chunk, int64 [chunks].
+    """
+    if not any(record for _, _, record in records):
+        return {}
+    arrays: dict[str, np.ndarray] = {"first": np.array([first for first, _, _ in records], dtype=np.int64)}
+    for name in records[0][2]:
+        values = [record[name] for _, _, record in records]
+        each = all(
+            value.ndim > 1 and value.shape[-1] == count for value, (_, count, _) in zip(values, records, strict=True)
+        )
+        arrays[name] = (torch.cat(values, dim=-1) if each else torch.stack(values, dim=-1)).numpy()
+    return arrays
 
 
 def _looked_at(chunk: Chunk, pixels: ToPixels) -> Chunk:

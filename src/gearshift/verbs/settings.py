@@ -85,6 +85,7 @@ class Bench:
     warmup: int = 3
     training: bool = False
     stages: bool = False
+    steps: bool = False
     sampling: bool = False
     batches: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
     latency_repeats: int = 20
@@ -134,6 +135,38 @@ class Stages:
     precision: str = "fp32"
     devices: int | None = None
     device: str = "auto"
+    output: str | None = None
+
+
+@dataclass
+class Plan:
+    run: str = MISSING
+    budget: float = 0.5
+    unit: str = "macs"
+    space: list[str] = field(default_factory=lambda: ["steps", "branches", "depth", "attention", "blocks"])
+    search: str = "responses"
+    operator: str = "output"
+    start: str = "even"
+    images: int = 32
+    trial_images: int = 8
+    validation: int = 64
+    longest: int | None = None
+    evaluations: int = 150
+    restarts: int = 2
+    rivals: bool = True
+    grade: list[str] = field(default_factory=list)
+    timing_batch: int = 32
+    timing_rounds: int = 7
+    seed: int = 1
+    guidance: float | None = None
+    guidance_channels: int | None = None
+    guidance_interval: list[float] | None = None
+    labels: str = "balanced"
+    prompts: str | None = None
+    ema: bool = True
+    device: str = "auto"
+    precision: str = "fp32"
+    compile: bool = False
     output: str | None = None
 
 
@@ -213,6 +246,7 @@ SCHEMAS: dict[str, type] = {
     "reference": Reference,
     "encode": Encode,
     "stages": Stages,
+    "plan": Plan,
     "compare": Compare,
     "table": Table,
 }

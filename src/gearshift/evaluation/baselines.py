@@ -1,0 +1,279 @@
+"""What could be had for the same MACs without the method: the baselines of an evaluation.
+
+Under every solver two rows are matched, where there are such: the best that leaves early (an exit row: full compute's
+calls, nothing taken from memory), and the best that skips calls or reuses. Best is what saves most MACs among the rows
+within the tolerance of full compute, else what is closest to it; so every kind of method meets baselines at its own
+price, and neither can hide behind the other's. For each of the two there are
+
+- full compute with fewer steps, on the solver's own grid and on another: with eps-prediction, skipping calls of DDIM or
+  Euler *is* fewer steps on a thinned grid, so these are what skipping has to beat;
+- attention taken from memory at the last calls (HURRY, arXiv 2401.01008);
+- deep features every N-th call (DeepCache, arXiv 2312.00858).
+
+They cost what the matched row costs or less (steps are whole), never more; where a schedule cannot save as much, its
+cheapest form is taken and its row says so. Costs are those of the plans, counted before anything is sampled.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gearshift.assembly import build_solver, named
+from gearshift.evaluation.rows import Row, sampler_of, suffix_of
+from gearshift.evaluation.settings import EvaluationConfig
+from gearshift.execution.cost import CostTable
+from gearshift.execution.parts import attention_of
+from gearshift.execution.plan import StepPlan
+from gearshift.policies import AttentionReuse, DeepFeatureReuse, Full, Policy
+from gearshift.runtime import config
+from gearshift.runtime.errors import UsageError
+from gearshift.runtime.files import slug
+from gearshift.sampling.loop import Sampler
+
+EQUAL = 0.005
+"""Relative difference up to which a number of steps has the MACs of the matched row: steps are whole, and a baseline
+that is a step short for a difference nobody can see would be a weaker one."""
+_GRIDS = ("log_snr", "linspace", "time", "trailing", "leading")
+"""Spacings in the order in which one is looked for that a solver has and is not set to."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row to be matched: its name, and MACs per image."""
+
+    name: str
+    macs: float
+
+
+def best(numbers: Mapping[str, Mapping[str, Any]], names: Sequence[str], full: str, tolerance: float) -> str | None:
+    """Of the rows `names`, the one that saves most MACs among those within `tolerance` points of label agreement of
+    full compute; where none is or there are no labels, the one closest to full compute. None if none saves."""
+    reference = numbers[full]
+    saving = [name for name in names if numbers[name]["macs_saved"] > 0]
+    within = [
+        name
+        for name in saving
+        if "label_agreement" in reference
+        and numbers[name]["label_agreement"] >= reference["label_agreement"] - tolerance / 100
+    ]
+    if within:
+        return max(within, key=lambda name: numbers[name]["macs_saved"])
+    # Images equal to those of full compute have no finite PSNR and come first.
+    return max(saving, key=lambda name: numbers[name]["psnr_to_full"] or float("inf"), default=None)
+
+
+def baselines_of(
+    settings: EvaluationConfig,
+    make_sampler: Callable[..., Sampler],
+    table: CostTable,
+    full: Row,
+    targets: Sequence[Target],
+    taken: Sequence[Row],
+) -> list[Row]:
+    """The rows to add under the solver of `full`; none that saves nothing or computes what one of `taken` computes."""
+    maker = _Maker(settings, make_sampler, table, full)
+    known = {_signature(row.sampler): row for row in taken if row.full == full.name}
+    names = {slug(row.name) for row in taken}
+    made: dict[Any, Row] = {}
+    for target in targets:
+        for row in maker.rows(target):
+            key = _signature(row.sampler)
+            if key in known:
+                continue
+            if key in made:
+                if made[key].equal_macs_to != row.equal_macs_to:
+                    made[key] = replace(made[key], note=_joined(made[key].note, f"also against {target.name}"))
+                continue
+            if slug(row.name) in names:
+                row = replace(row, name=f"{row.name}, baseline")
+            names.add(slug(row.name))
+            made[key] = row
+    return list(made.values())
+
+
+def macs_of(sampler: Sampler, policy: Policy, table: CostTable) -> int:
+    """MACs of one image under `policy`, whose plans are known beforehand and tell no rows apart; what they reuse is
+    taken to be there."""
+    calls, network = sampler.calls(), sampler.denoiser.network
+    state = policy.begin(sampler.info(calls))
+    levels = torch.tensor([call.log_snr for call in calls], dtype=torch.float64)
+    low, high = sampler.guidance_interval or (float("-inf"), float("inf"))
+    costs: dict[Any, int] = {}
+    total = 0
+    for call, path in zip(calls, network.route(levels).tolist(), strict=True):
+        plan = policy.plan(state, call)
+        if plan.call is False:
+            continue
+        key = (path, plan.depth, plan.reuse, plan.bypass)
+        if key not in costs:
+            costs[key] = table.of_plan(network, plan, path).macs
+        total += costs[key] * (sampler.branches if low <= call.log_snr <= high else 1)
+    return total
+
+
+class _Maker:
+    """Makes the baselines of one solver."""
+
+    def __init__(
+        self, settings: EvaluationConfig, make_sampler: Callable[..., Sampler], table: CostTable, full: Row
+    ) -> None:
+        self.settings, self.make_sampler, self.table, self.full = settings, make_sampler, table, full
+        self.sampler = full.sampler
+        self.info = self.sampler.info(self.sampler.calls())
+        self.suffix = suffix_of(settings, full.solver)
+        self.full_macs = self._macs(Full())
+
+    def rows(self, target: Target) -> Iterator[Row]:
+        """The baselines that were asked for, at the MACs of `target`, as far as they save anything."""
+        makers = {
+            "fewer_steps": self._fewer_steps,
+            "other_grid": self._other_grid,
+            "hurry": self._hurry,
+            "deep_features": self._deep_features,
+        }
+        for kind, make in makers.items():
+            row = make(target) if kind in self.settings.baselines else None
+            if row is not None and macs_of(row.sampler, row.sampler.policy, self.table) < self.full_macs:
+                yield replace(row, baseline=kind)
+
+    # Fewer steps -----------------------------------------------------------------------------------------------------
+
+    def _fewer_steps(self, target: Target) -> Row | None:
+        found = self._steps(target, {})
+        return None if found is None else self._row(f"full, {found[0]} steps", found[1], target)
+
+    def _other_grid(self, target: Target) -> Row | None:
+        own = getattr(getattr(self.sampler.solver, "config", None), "spacing", None)
+        for spacing in (spacing for spacing in _GRIDS if own is not None and spacing != own):
+            found = self._steps(target, {"spacing": spacing})
+            if found is not None:
+                row = self._row(f"full, {found[0]} steps, {spacing}", found[1], target)
+                return replace(row, grid=spacing)
+        return None
+
+    def _steps(self, target: Target, changes: Mapping[str, str]) -> tuple[int, Sampler] | None:
+        """The most steps that cost no more than the matched row, at least 1, and their sampler; None where the solver
+        has no such steps."""
+        usual = getattr(getattr(self.sampler.solver, "config", None), "steps", None)
+        if usual is None or self._with({**changes, "steps": usual}) is None:
+            return None
+        budget = target.macs * (1 + EQUAL)
+        # Not every solver calls once per step; none calls less often than its steps grow.
+        start = min(usual - 1, int(usual * budget / self.full_macs) + 1)
+        least = None
+        for steps in range(start, 0, -1):
+            sampler = self._with({**changes, "steps": steps})
+            if sampler is not None:
+                least = steps, sampler
+                if macs_of(sampler, sampler.policy, self.table) <= budget:
+                    break
+        return least
+
+    def _with(self, changes: Mapping[str, Any]) -> Sampler | None:
+        """Full compute under a changed solver; None where it refuses."""
+        node = self.settings.solvers[self.full.solver]
+        plain = config.plain(named("solver", node) if isinstance(node, str) else node)
+        try:
+            return sampler_of(self.settings, self.make_sampler, Full(), build_solver({**plain, **changes}))
+        except UsageError:
+            return None
+
+    # Schedules made by hand ------------------------------------------------------------------------------------------
+
+    def _hurry(self, target: Target) -> Row | None:
+        last = len(self.info.calls) - 1
+        if last < 1 or not attention_of(self.info.network):
+            return None
+
+        def late(count: int) -> AttentionReuse:
+            return AttentionReuse(last=count).resolved(self.info)
+
+        counts = range(1, last + 1)
+        # Later reuse disturbs less: the fewest calls that bring the MACs down far enough.
+        place = bisect_left(counts, True, key=lambda count: self._macs(late(count)) <= target.macs)
+        policy = late(counts[min(place, len(counts) - 1)])
+        note = _short(last, len(self.info.calls)) if place == len(counts) else None
+        return self._by_hand(f"HURRY, last {policy.last} ({policy.operator})", policy, target, note)
+
+    def _deep_features(self, target: Target) -> Row | None:
+        found = {policy: self._macs(policy) for policy in self._deep()}
+        if not found:
+            return None
+        # The first of the dearest that are cheap enough has the smallest interval, then the fewest blocks.
+        fitting = [policy for policy, macs in found.items() if macs <= target.macs]
+        policy = max(fitting, key=lambda p: found[p]) if fitting else min(found, key=lambda p: found[p])
+        note = None if fitting else _short(sum(policy.reusing(self.info)), len(self.info.calls))
+        return self._by_hand(policy.name, policy, target, note)
+
+    def _deep(self) -> Iterator[DeepFeatureReuse]:
+        """Every schedule: of intervals that compute equally often, the smallest."""
+        total, seen = len(self.info.calls), set()
+        for interval in range(2, total + 1):
+            computed = -(-total // interval)
+            if computed in seen:
+                continue
+            seen.add(computed)
+            for branch in range(len(self.info.network.blocks)):
+                policy = DeepFeatureReuse(interval=interval, branch=branch)
+                try:
+                    policy.check(self.info)
+                except UsageError:  # no such long skip
+                    break
+                yield policy
+
+    def _by_hand(self, name: str, policy: Policy, target: Target, note: str | None) -> Row | None:
+        try:
+            sampler = sampler_of(self.settings, self.make_sampler, policy, self.sampler.solver)
+        except UsageError:
+            return None
+        return self._row(name, sampler, target, note)
+
+    def _macs(self, policy: Policy) -> int:
+        return macs_of(self.sampler, policy, self.table)
+
+    def _row(self, name: str, sampler: Sampler, target: Target, note: str | None = None) -> Row:
+        return Row(f"{name}{self.suffix}", self.full.solver, self.full.name, sampler, target.name, note=note)
+
+
+def _short(calls: int, of: int) -> str:
+    return f"saves less, though {calls} of {of} calls reuse"
+
+
+def _joined(*parts: str | None) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def plan_key(plan: StepPlan) -> tuple[Any, ...] | None:
+    """Equal for plans that compute the same; None where a rule decides, which is like no other."""
+    if plan.exit is not None:
+        return None
+    fields = ("call", "expert", "depth", "bypass", "reuse", "forecast")
+    return tuple(_plain(getattr(plan, name)) for name in fields)
+
+
+def _signature(sampler: Sampler) -> Any:
+    """Equal for samplers of one evaluation that compute the same; policies that decide by data are like no other."""
+    calls, policy = sampler.calls(), sampler.policy
+    # Rounded, because two grids come to one level on different ways.
+    levels = tuple(
+        (round(call.log_snr, 3), round(call.next_log_snr, 3), call.order, call.needs_noise) for call in calls
+    )
+    state = policy.begin(sampler.info(calls)) if policy.static else None
+    plans = tuple(plan_key(policy.plan(state, call)) for call in calls) if policy.static else ()
+    if not plans or None in plans:
+        return id(sampler)
+    return type(sampler.solver), levels, plans
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.tolist())
+    if isinstance(value, Mapping):
+        return tuple(sorted((key, _plain(entry)) for key, entry in value.items()))
+    return value

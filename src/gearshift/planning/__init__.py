@@ -1,0 +1,1 @@
+"""Finding what every call should compute, under a budget, by running the sampler on calibration noise."""

@@ -1,0 +1,159 @@
+"""`gearshift plan`: what every call should compute under a budget, found on calibration noise, as a policy file.
+
+With a policy that has a threshold, the threshold is found that meets the budget. Otherwise schedules are searched, and
+what they have to beat is measured at the same budget: fewer steps, schedules made by hand, skipped steps alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from gearshift import api
+from gearshift.assembly import build_policy, build_solver
+from gearshift.execution.cost import CostTable
+from gearshift.planning.choices import SPACES
+from gearshift.planning.planner import SEARCHES
+from gearshift.planning.threshold import Tuned, tune
+from gearshift.policies import Policy
+from gearshift.policies.attention_reuse import OPERATORS
+from gearshift.runtime import config
+from gearshift.runtime.errors import UsageError
+from gearshift.runtime.files import atomic_write, slug
+from gearshift.runtime.progress import Progress, note
+from gearshift.sampling.loop import Sampler
+from gearshift.verbs.plan_files import threshold_text
+from gearshift.verbs.plan_search import Search
+from gearshift.verbs.sample import guidance_scale, interval, label_setting
+
+UNITS = ("macs", "ms")
+STARTS = ("even", "hurry")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    began = time.monotonic()
+    _check(cfg)
+    loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
+    prompts = None
+    if cfg.prompts is not None or loaded.denoiser.network.cond_kind == "text":
+        prompts = loaded.prompts(cfg.prompts or "data")
+    sampler = loaded.sampler(
+        "full",
+        build_solver(cfg.solver),
+        precision=cfg.precision,
+        seed=cfg.seed,
+        guidance=guidance_scale(cfg.guidance, None),
+        guidance_channels=cfg.guidance_channels,
+        guidance_interval=interval(cfg.guidance_interval),
+        labels=label_setting(cfg.labels),
+        chunk=cfg.images,
+        prompts=prompts,
+    )
+    place = _place(cfg, loaded.folder.path)
+    if cfg.get("policy"):
+        answer = _threshold(cfg, sampler, place)
+    else:
+        answer = Search(cfg, loaded, sampler, place).run()
+    seconds = time.monotonic() - began
+    note(f"{answer['policy']}  ({seconds:.0f} s)")
+    return {"run": str(loaded.folder.path), **answer, "seconds": seconds}
+
+
+def _check(cfg: DictConfig) -> None:
+    if cfg.unit not in UNITS:
+        raise UsageError(f"unit={cfg.unit} is not one of {', '.join(UNITS)}")
+    if not cfg.budget > 0 or not math.isfinite(cfg.budget) or (cfg.unit == "macs" and cfg.budget > 1):
+        most = "a share of full compute, above 0 and at most 1" if cfg.unit == "macs" else "milliseconds, above 0"
+        raise UsageError(f"budget={cfg.budget} with unit={cfg.unit} must be {most}")
+    if cfg.search not in SEARCHES:
+        raise UsageError(f"search={cfg.search} is not one of {', '.join(SEARCHES)}")
+    if cfg.start not in STARTS:
+        raise UsageError(f"start={cfg.start} is not one of {', '.join(STARTS)}")
+    unknown = [name for name in cfg.space if name not in SPACES]
+    if unknown or not cfg.space:
+        raise UsageError(f"space={list(cfg.space)}: name some of {', '.join(SPACES)}")
+    if cfg.operator not in OPERATORS:
+        raise UsageError(f"operator={cfg.operator} is not one of {', '.join(OPERATORS)}")
+    for name in ("images", "trial_images", "validation", "evaluations", "timing_batch", "timing_rounds"):
+        if cfg[name] < 1:
+            raise UsageError(f"{name}={cfg[name]} must be at least 1")
+    if cfg.trial_images > cfg.images:
+        raise UsageError(f"trial_images={cfg.trial_images} are some of images={cfg.images}; make them fewer")
+    if cfg.restarts < 0 or (cfg.longest is not None and cfg.longest < 1):
+        raise UsageError(f"restarts={cfg.restarts} must be at least 0, and longest={cfg.longest} null or at least 1")
+    if cfg.get("policy") and cfg.unit != "macs":
+        raise UsageError(f"unit={cfg.unit} is for schedules; the threshold of a policy is tuned with unit=macs")
+
+
+def _place(cfg: DictConfig, run: Path) -> Path:
+    """Where the plan goes; a folder that cannot be made is said before anything is searched."""
+    if cfg.output is not None:
+        place = Path(cfg.output)
+        if place.suffix not in (".yaml", ".yml"):
+            raise UsageError(f"output={cfg.output} must end in .yaml")
+    else:
+        plain = {key: value for key, value in config.plain(cfg).items() if key not in ("run", "output", "device")}
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+        what = "plan" if not cfg.get("policy") else str(cfg.policy[config.TARGET]).rsplit(".", 1)[-1]
+        place = run / "plans" / f"{slug(what)}-{slug(f'{cfg.budget:g}{cfg.unit}')}-{digest}.yaml"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output={place}: its folder cannot be made ({error.strerror or error})") from error
+    return place
+
+
+def command() -> str:
+    """The command line, for the header of what it leaves."""
+    return shlex.join(["gearshift", "plan", *sys.argv[2:]] if len(sys.argv) > 1 else ["gearshift", "plan"])
+
+
+@contextmanager
+def progress(total: int, label: str, unit: str) -> Iterator[Progress]:
+    with Progress(total, label, unit=unit) as bar:
+        yield bar
+
+
+def _threshold(cfg: DictConfig, sampler: Sampler, place: Path) -> dict[str, Any]:
+    """The threshold of `policy` that meets the budget."""
+    from gearshift.planning.rivals import images_of
+    from gearshift.planning.threshold import ROUNDS
+
+    policy = build_policy(cfg.policy)
+    table = CostTable.measure(sampler.denoiser.network)
+    index = torch.arange(cfg.images, device=sampler.device)
+    full_images, full = images_of(sampler, index, table)
+    replace(sampler, policy=policy).check()
+
+    def cost(candidate: Policy) -> float:
+        return images_of(replace(sampler, policy=candidate), index, table)[1] / full
+
+    with Progress(ROUNDS + 1, "threshold", unit="runs") as bar:
+        tuned: Tuned = tune(policy, cost, cfg.budget, on_round=lambda threshold: bar.update(1, at=threshold))
+    images, _ = images_of(replace(sampler, policy=tuned.policy), index, table)
+    mse = float((images.clamp(-1, 1) - full_images.clamp(-1, 1)).double().square().mean())
+    from gearshift.planning.problem import psnr
+
+    closeness = psnr(mse)
+    text = threshold_text(config.plain(cfg.policy), tuned.threshold, command(), cfg.budget, tuned.cost, closeness)
+    atomic_write(place, text)
+    return {
+        "policy": str(place),
+        "name": tuned.policy.name,
+        "budget": cfg.budget,
+        "macs_fraction": tuned.cost,
+        "threshold": tuned.threshold,
+        "psnr_calibration": closeness if math.isfinite(closeness) else None,
+    }
