@@ -92,12 +92,55 @@ def test_an_unknown_format_is_refused(trained, capsys):
     assert "format=jpg is not one of npz, png" in capsys.readouterr().err
 
 
+SKIP = ["policy=adaptive_skip", "policy.threshold=1e9", "solver.steps=8", "guidance=2"]
+PER_SAMPLE = [*SKIP, "policy.criterion=embedded_error", "policy.decision=per_sample", "policy.threshold=0.01"]
+
+
+def said(capsys):
+    return json.loads([line for line in capsys.readouterr().out.splitlines() if line.startswith("{")][-1])
+
+
+def test_what_a_policy_decided_on_is_kept(trained, capsys):
+    """Nine images from the fourth on in chunks of four: 3 | 4..7 | 8..11."""
+    assert cli.run([*command(trained), *SKIP, "out=batch"]) == 0
+    answer = said(capsys)
+    assert answer["decisions"] == "batch/decisions.npz"
+    assert (answer["longest_skip"], answer["kept_bytes_per_image"]) == (3, 0)
+    assert answer["longest_skip_log_snr"] > 0
+    with np.load(answer["decisions"], allow_pickle=False) as data:
+        assert set(data) == {"first", "skip_statistic"}
+        assert data["first"].tolist() == [3, 4, 8]
+        assert data["skip_statistic"].shape == (8, 3), "one decision for every chunk"
+        assert np.isnan(data["skip_statistic"][:3]).all() and np.isfinite(data["skip_statistic"][3:]).all()
+
+
+@pytest.mark.parametrize("layout", ["npz", "png"])
+def test_what_was_decided_of_every_sample_goes_with_its_index(trained, capsys, layout):
+    assert cli.run([*command(trained), *PER_SAMPLE, "out=some", f"format={layout}"]) == 0
+    with np.load(said(capsys)["decisions"]) as some:
+        part = some["skip_statistic"]
+    assert cli.run([*command(trained), *PER_SAMPLE, "out=all", "start=0", "num_images=12"]) == 0
+    with np.load(said(capsys)["decisions"]) as every:
+        assert every["skip_statistic"].shape == (8, 12)
+        np.testing.assert_array_equal(part, every["skip_statistic"][:, 3:])
+
+
+def test_a_policy_with_nothing_to_say_leaves_no_decisions(trained, capsys):
+    assert cli.run([*command(trained), *SKIP, "out=same"]) == 0
+    assert cli.run([*command(trained), "out=same"]) == 0
+    answer = said(capsys)
+    assert "decisions" not in answer and not Path("same/decisions.npz").exists()
+    assert (answer["longest_skip"], answer["longest_skip_log_snr"]) == (0, 0.0)
+    assert cli.run([*command(trained), "policy=hurry", "policy.last=1", "out=late"]) == 0
+    assert said(capsys)["kept_bytes_per_image"] > 0
+
+
 @pytest.mark.slow
 def test_devices_starts_the_processes(trained):
     files = {}
     for devices in (1, 2):
         for layout in ("npz", "png"):
-            settings = [f"devices={devices}", f"format={layout}", f"out={devices}{layout}"]
+            settings = [f"devices={devices}", f"format={layout}", f"out={devices}{layout}", *PER_SAMPLE]
             process = subprocess.run(
                 [sys.executable, "-m", "gearshift.cli", *command(trained), *settings],
                 capture_output=True,
@@ -107,6 +150,15 @@ def test_devices_starts_the_processes(trained):
             assert process.returncode == 0, process.stderr
             [line] = process.stdout.splitlines()
             files[devices, layout] = Path(json.loads(line)["images"])
+    with (
+        np.load("1npz/decisions.npz") as one,
+        np.load("2npz/decisions.npz") as two,
+        np.load("2png/decisions.npz") as png,
+    ):
+        assert one["first"].tolist() == [3, 4, 8]
+        for name in one:
+            np.testing.assert_array_equal(one[name], two[name])
+            np.testing.assert_array_equal(one[name], png[name])
     np.testing.assert_array_equal(pictures(files[1, "png"])[0], pictures(files[2, "png"])[0])
     with np.load(files[1, "npz"]) as one, np.load(files[2, "npz"]) as two:
         assert set(one) == set(two) == {"arr_0", "arr_1", "index"}

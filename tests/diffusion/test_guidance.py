@@ -209,3 +209,17 @@ def test_memory_of_the_other_branch_ends_with_guidance() -> None:
         alone.begin_call()
         conditional = call(d, seed=seed, plan=plan, memory=alone, guidance=1.0)
     torch.testing.assert_close(p.held.eps[:B], conditional.eps, **TOLERANCE)
+
+
+def test_branches_are_extrapolated_together_or_not_at_all() -> None:
+    """Where guidance has just begun, the other branch holds one prediction: neither is continued beyond its level."""
+    d = denoiser()
+    first = call(d, keep_earlier=True, guidance_interval=NOWHERE).held
+    second = call(d, seed=1, held=first, keep_earlier=True, guidance_interval=EVERYWHERE, level=(0.8, 0.6)).held
+    assert second.two().tolist() == [True] * B + [False] * B
+    skip = StepPlan(call=False, forecast=1)
+    p = call(d, seed=2, plan=skip, held=second, guidance_interval=EVERYWHERE, level=(0.9, 0.4))
+    held = call(d, seed=2, plan=StepPlan(call=False), held=second, guidance_interval=EVERYWHERE, level=(0.9, 0.4))
+    assert not p.forecast.any() and torch.equal(p.eps, held.eps)
+    alone = call(d, seed=2, plan=skip, held=second, guidance_interval=NOWHERE, level=(0.9, 0.4))
+    assert alone.forecast[:B].all() and not torch.equal(alone.eps, second.eps[:B])

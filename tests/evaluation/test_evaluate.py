@@ -202,7 +202,7 @@ def test_where_no_row_is_within_the_tolerance_psnr_decides(evaluator: Make) -> N
 
 
 def test_fewer_steps_at_the_macs_of_the_best_rows(evaluator: Make) -> None:
-    policies = {"skip": SKIP, "depth 3": POLICIES["depth 3"]}
+    policies = {"skip": {**SKIP, "k": 3}, "depth 3": POLICIES["depth 3"]}
     e = evaluator(policies=policies, solvers={"ddim": ddim(10)}, equal_macs=True, baselines=["fewer_steps"])
     e.run()
     found = rows(e)

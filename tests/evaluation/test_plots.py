@@ -169,6 +169,14 @@ def test_families_markers_and_trivial_baselines():
     assert [plots.family(r) for r in rows] == ["Full", "uncertainty", "Full", "uncertainty", "depth", "schedule"]
     assert plots.family({"name": "x", "policy": "7", "family": "mine"}) == "mine" and plots.family({"name": "7"}) == "7"
     assert [plots.is_baseline(r) for r in rows] == [True, False, True, False, False, False]
+    policies = {
+        "skip < 0.01": "skip",
+        "skip (error) < 0.05 extrapolated": "skip (error)",
+        "uncertainty < 0.2 + skip < 0.02": "uncertainty + skip",
+        "schedule (mean depth 5.0) + skip every 3": "schedule + skip every",
+        "attention qk last 3": "attention qk last",
+    }
+    assert {policy: plots.family({"name": "x", "policy": policy}) for policy in policies} == policies
     styles = plots.looks(rows)
     assert styles[0] == styles[2] == (plots.PLAIN, "o") and styles[1] == styles[3]
     assert len({styles[k] for k in (0, 1, 4, 5)}) == 4
@@ -210,6 +218,32 @@ def test_means_are_over_calls_that_ran():
     assert figures._summary(depth) == "mean depth 6.00, 50 % of calls skipped"
     assert figures._summary(np.zeros((2, 2), dtype=int)) == "100 % of calls skipped"
     assert figures._summary(np.full((2, 2), 4)) == "mean depth 4.00"
+
+
+def test_reuse_is_told_beside_depth_and_skips():
+    depth = np.array([[7, 7], [7, 0], [3, 3]])
+    reused = np.array([[0, 0], [7, 0], [2, 1]])
+    assert figures._summary(depth, np.zeros_like(depth)) == figures._summary(depth)
+    assert figures._summary(depth, reused) == "mean depth 5.40, 17 % skipped, 37 % of blocks reuse"
+
+
+def test_blocks_that_reuse_are_hatched():
+    """Amber, as high as the mean number of blocks; without reuse the figure is what it was."""
+    depth = np.full((6, 8), 4)
+    reused = np.zeros_like(depth)
+    plain = figures.exits_over_time({"a": depth})
+    assert figures.exits_over_time({"a": depth}, {"a": reused}) == plain
+    assert figures.exits_over_time({"a": depth}, {}) == plain
+
+    def amber(taken):
+        shown = picture(figures.exits_over_time({"a": depth}, {"a": taken})).astype(int)
+        return int(((shown[..., 0] - shown[..., 2]) > 60).sum())
+
+    reused[3] = 2
+    low = amber(reused) - amber(np.zeros_like(depth))
+    reused[3] = 4
+    high = amber(reused) - amber(np.zeros_like(depth))
+    assert low > 200 and high == pytest.approx(2 * low, rel=0.2)
 
 
 def test_skipped_calls_are_drawn_as_such():

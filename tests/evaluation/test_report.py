@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gearshift.evaluation.document import Pairs, Text, escape_markdown, plain, strict, to_html, to_markdown
-from gearshift.evaluation.report import Pictures, how_to_read, legend, write_report
+from gearshift.evaluation.report import Pictures, baseline_lines, how_to_read, legend, write_report
 from gearshift.evaluation.table import format_table
 from gearshift.runtime.errors import RunError
 
@@ -211,3 +211,38 @@ def test_values_on_one_line():
     assert escape_markdown("u<0.1") == "u\\<0.1"
     blocks = [Text("a <b>"), Pairs({"<k>": "<v>"})]
     assert "<" not in to_markdown("a <t>", blocks).replace("\\<", "") and "<b>" not in to_html("t", "l", blocks)
+
+
+def test_baselines_say_what_they_are_and_what_they_are_set_against(tmp_path):
+    told = {
+        "full, 9 steps": {"baseline": "fewer_steps"},
+        "full, 9 steps, log_snr": {"baseline": "other_grid", "grid": "log_snr"},
+        "HURRY, last 19 (map)": {"baseline": "hurry", "note": "saves less, though 19 of 20 calls reuse"},
+        "deep features 1:3, branch 0": {"baseline": "deep_features"},
+        "of an older file": {},
+    }
+    added = [{**ROWS[2], "name": name, "equal_macs_to": "exit", **more} for name, more in told.items()]
+    assert baseline_lines(ROWS) == []
+    lines = baseline_lines([*ROWS, *added])
+    assert lines[0] == "full, 9 steps: full compute with fewer steps, against exit"
+    assert "on another grid, against exit" in lines[1]
+    assert lines[2].endswith("at the last calls, against exit (saves less, though 19 of 20 calls reuse)")
+    assert lines[4] == "of an older file: full compute with fewer steps, against exit"
+    write_report(tmp_path, results(rows=[*ROWS[:2], *added]), Pictures())
+    text = (tmp_path / "report.md").read_text()
+    assert "Added as baselines" in text and "Baselines are what the MACs of the best rows buy" in text
+    write_report(tmp_path, results(), Pictures())
+    text = (tmp_path / "report.md").read_text()
+    assert "Added as baselines" not in text and "Baselines are" not in text
+
+
+def test_reuse_is_in_the_figure_and_said_below_it(tmp_path):
+    depths = {"exit <0.1> & co": np.full((4, 6), 5)}
+    for reused, said in ((np.zeros((4, 6), int), False), (np.full((4, 6), 2), True)):
+        write_report(tmp_path, results(), pictures(depths=depths, reused={"exit <0.1> & co": reused}))
+        assert ("Hatched from below" in (tmp_path / "report.md").read_text()) == said
+    kept = [{**row, "kept_bytes_per_image": 9216} for row in ROWS]
+    assert any("Kept per image" in line for line in how_to_read(kept))
+    assert not any("Kept per image" in line for line in how_to_read([{**ROWS[0], "kept_bytes_per_image": 0}]))
+    with pytest.raises(ValueError, match="nobody"):
+        write_report(tmp_path, results(), Pictures(reused={"nobody": depths["exit <0.1> & co"]}))

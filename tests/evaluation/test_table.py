@@ -72,6 +72,17 @@ def test_columns_that_no_row_has_are_left_out():
     ] == ["name"]
 
 
+def test_reuse_has_columns_where_some_row_reuses():
+    none = [{**own, "blocks_reused": 0.0, "kept_bytes_per_image": 0, "longest_skip": 0} for own in ROWS]
+    assert list(columns(none)) == list(columns()), "nothing to show, and skips are for the file alone"
+    some = [*none[:2], {**none[2], "blocks_reused": 0.6, "kept_bytes_per_image": 64512}]
+    shown = columns(some)
+    assert [column.cell(some[2]) for column in shown.values() if column.rare] == ["60.0 %", "63.0 KiB"]
+    assert [column.cell(some[0]) for column in shown.values() if column.rare] == ["0.0 %", "0 B"]
+    older = [ROWS[0], some[2]]
+    assert columns(older)["blocks_reused"].cell(ROWS[0]) == "not measured"
+
+
 def test_best_values():
     found = columns()
     assert best_rows(ROWS, found["fd_classifier_digits"]) == {0}

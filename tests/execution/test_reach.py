@@ -213,7 +213,7 @@ def test_who_looks_in_between_has_everything_run(subject: Subject) -> None:
     ]
     if len(subject.exits) > 1:
         elsewhere = full.clone()
-        elsewhere[0] = subject.exits[0]
+        elsewhere[-1] = subject.exits[0]
         plans.append(subject.plan(depth=elsewhere, reuse=whole({last})))
     for plan in plans:
         memory = remember(subject)

@@ -405,6 +405,7 @@ def test_the_cap_of_the_official_code() -> None:
     assert always(replace(quirks, max_skip_steps=2)) == "1111000001" + "001" * 4
     assert always(replace(quirks, max_skip_steps=1)) == "1111000001" + "01" * 6
     assert always(replace(quirks, max_skip_steps=0)) == "1111000001" + "0" * 12
+    assert always(replace(quirks, tail_steps=5)) == always(quirks)  # it has none
 
 
 def test_official_and_clean_flow_are_the_same_where_the_cap_is_silent() -> None:
@@ -541,6 +542,10 @@ def test_what_counts_is_what_was_evaluated(evaluated: str, asked: str) -> None:
         ({"upstream_quirks": True, "decision": "per_sample"}, "not displacement_magnitude, per_sample with 4"),
         ({"upstream_quirks": True, "warmup_steps": 5}, "not displacement_magnitude, batch_mean with 5"),
         ({"upstream_quirks": True, "max_skip_steps": None}, "needs a max_skip_steps; the official value is 4"),
+        (
+            {"upstream_quirks": True, "max_skip_span_lambda": 0.5},
+            "max_skip_span_lambda=0.5 would do nothing under upstream_quirks",
+        ),
     ],
 )
 def test_what_cannot_be(fields: dict[str, Any], message: str) -> None:

@@ -70,6 +70,7 @@ def test_hurry_cannot_reuse_at_the_first_call() -> None:
     message = r"reuses at the last 6 calls of a run of 6, whose first has nothing to reuse; set last to at most 5"
     with pytest.raises(UsageError, match=message):
         AttentionReuse(last=STEPS).check(run())
+    assert AttentionReuse(last=STEPS).reusing(run()) == [False] + [True] * (STEPS - 1)  # nor if nobody asks
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,11 @@ class Denoiser(nn.Module):
             assert held is not None  # a row without a valid prediction is called
             now, depth = held, torch.zeros(total, dtype=torch.int64)
             taps, uncertainty, trace = {}, {}, []
-        per_row, extrapolated = forecast(now, ~called, sigma / alpha) if plan.forecast else (now.eps, None)
+        per_row, extrapolated = now.eps, torch.zeros_like(called)
+        if plan.forecast:
+            # What is mixed is of one kind: a sample is extrapolated where all of its branches can be, or were called.
+            can = (called | now.two()).reshape(branches, batch)[:wanted].all(0).repeat(branches)
+            per_row, extrapolated = forecast(now, ~called & can, sigma / alpha)
         eps = per_row[:batch]
         if wanted == 2:
             eps = _guided(eps, per_row[batch:], guidance, guidance_channels)
@@ -205,7 +209,7 @@ class Denoiser(nn.Module):
             variance=variance,
             held=now,
             called=called,
-            forecast=torch.zeros_like(called) if extrapolated is None else extrapolated,
+            forecast=extrapolated,
             depth=depth,
             branches=wanted,
             taps=taps,

@@ -32,6 +32,12 @@ class Held:
     ratio: Tensor
     earlier: Held | None = None
 
+    def two(self) -> Tensor:
+        """Which rows hold two predictions of different levels, host bool [R]: those that can be extrapolated."""
+        if self.earlier is None:
+            return torch.zeros_like(self.valid)
+        return self.valid & self.earlier.valid & (self.ratio != self.earlier.ratio)
+
 
 def renewed(
     held: Held | None, eps: Tensor, variance: Tensor | None, called: Tensor, ratio: float, keep_earlier: bool
@@ -59,7 +65,7 @@ def forecast(held: Held, rows: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     if before is None:
         return held.eps, torch.zeros_like(rows)
     apart = held.ratio - before.ratio
-    able = rows & held.valid & before.valid & (apart != 0)
+    able = rows & held.two()
     if not bool(able.any()):
         return held.eps, able
     weight = torch.where(able, (ratio - held.ratio) / torch.where(apart == 0, 1.0, apart), 0.0)

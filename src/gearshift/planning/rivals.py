@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gearshift.diffusion.solvers.base import Solver
@@ -18,11 +17,13 @@ from gearshift.policies import (
     DeepFeatureReuse,
     ExitSchedule,
     FixedDepth,
+    Full,
     Policy,
     SkipEvery,
 )
 from gearshift.policies.base import RunInfo
 from gearshift.runtime.errors import UsageError
+from gearshift.sampling.costs import macs_of
 from gearshift.sampling.loop import Sampler, sample_chunk
 
 
@@ -39,21 +40,6 @@ def images_of(sampler: Sampler, index: Tensor, table: CostTable) -> tuple[Tensor
     """Images [n, C, H, W] of `index`, and MACs per image."""
     chunk = sample_chunk(replace(sampler, chunk=len(index)), index, table)
     return chunk.images, chunk.ledger.macs_per_image
-
-
-def static_cost(sampler: Sampler, policy: Policy, table: CostTable) -> float | None:
-    """MACs per image under a static policy; None where it tells rows apart."""
-    info = replace(sampler, policy=policy).info(sampler.calls())
-    network, state = info.network, policy.begin(info)
-    levels = torch.tensor([call.log_snr for call in info.calls], dtype=torch.float64)
-    total = 0
-    for call, path in zip(info.calls, network.route(levels).tolist(), strict=True):
-        plan = policy.plan(state, call)
-        if not isinstance(plan.call, bool) or plan.exit is not None:
-            return None
-        if plan.call:
-            total += info.branches * table.of_plan(network, plan, path).macs
-    return float(total)
 
 
 def fewer_steps(sampler: Sampler, budget: float, full: float, table: CostTable) -> list[Rival]:
@@ -100,7 +86,7 @@ def by_hand(sampler: Sampler, budget: float, full: float, table: CostTable) -> l
                 policy.check(info)
             except UsageError:
                 continue  # not on this network
-            macs = static_cost(sampler, policy, table)
+            macs = macs_of(sampler, policy, table)
             if macs is not None and macs <= budget * full * (1 + 1e-9):
                 fitting.append(Rival(policy.name, replace(sampler, policy=policy), macs / full))
         if fitting:
@@ -112,9 +98,11 @@ def _families(info: RunInfo) -> Iterator[list[Policy]]:
     network, total = info.network, len(info.calls)
     exits = sorted({depth for path in range(len(network.paths)) for depth in network.exits(path)})
     deepest = exits[-1]
-    yield [SkipEvery(k) for k in range(2, total + 1)]
-    # Compute every k-th call: the masks that hold longer than one call.
-    yield [Compose([SkipEvery(k) for k in some]) for some in ((2, 3), (2, 3, 5), (2, 5), (2, 7), (3, 4), (3, 5))]
+    for how in (False, True):
+        yield [SkipEvery(k, extrapolate=how) for k in range(2, total + 1)]
+        # Stretches longer than one call.
+        some = ((2, 3), (2, 3, 5), (2, 5), (2, 7), (3, 4), (3, 5))
+        yield [Compose([SkipEvery(k, extrapolate=how) for k in ks]) for ks in some]
     yield [FixedDepth(depth) for depth in exits]
     # From full depth next to the data down to some depth at the noise, and the other way round.
     ramps = [
@@ -138,6 +126,6 @@ def _families(info: RunInfo) -> Iterator[list[Policy]]:
 
 
 def _full_macs(sampler: Sampler, table: CostTable) -> float:
-    calls, network = sampler.calls(), sampler.denoiser.network
-    levels = torch.tensor([call.log_snr for call in calls], dtype=torch.float64)
-    return float(sampler.branches * sum(table.full(network, path).macs for path in network.route(levels).tolist()))
+    macs = macs_of(sampler, Full(), table)
+    assert macs is not None
+    return float(macs)

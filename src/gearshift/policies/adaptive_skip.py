@@ -31,6 +31,7 @@ from torch import Tensor
 
 from gearshift.diffusion.solvers.base import Call
 from gearshift.execution.plan import FULL, StepPlan
+from gearshift.execution.stream import to_device
 from gearshift.policies.base import Observed, Policy, RunInfo
 from gearshift.runtime.errors import UsageError
 
@@ -123,6 +124,11 @@ class AdaptiveSkip(Policy):
             )
         if self.upstream_quirks and self.max_skip_steps is None:
             raise UsageError("policy AdaptiveSkip: upstream_quirks needs a max_skip_steps; the official value is 4")
+        if self.upstream_quirks and self.max_skip_span_lambda is not None:
+            raise UsageError(
+                f"policy AdaptiveSkip: the official flow has no cap on the span, so max_skip_span_lambda="
+                f"{self.max_skip_span_lambda} would do nothing under upstream_quirks; leave out one of them"
+            )
 
     @property
     def name(self) -> str:
@@ -201,7 +207,7 @@ class AdaptiveSkip(Policy):
         )
         if bool(called.all()) or not state.predictions:
             return replace(state, ratios=(*state.ratios, ratio)[-2:], predictions=(*state.predictions, eps)[-2:])
-        mine = called.to(eps.device).view(-1, *[1] * (eps.ndim - 1))
+        mine = to_device(called, eps.device).view(-1, *[1] * (eps.ndim - 1))
         last, at = state.predictions[-1], state.ratios[-1]
         older, older_at = state.predictions[0], state.ratios[0]
         return replace(
@@ -239,9 +245,11 @@ class AdaptiveSkip(Policy):
         # In the frame x_0 + s eps, wherever the solver steps.
         clean = x if state.run.sigma_frame else x / following.alpha
         size = clean.float().square().flatten(1).mean(1)
-        factor = reach.to(torch.float32).to(x.device)
+        factor: float | Tensor
         if self.decision == "batch_mean":
-            moved, size, factor = moved.mean(), size.mean(), factor.mean()
+            moved, size, factor = moved.mean(), size.mean(), float(reach.mean())
+        else:
+            factor = to_device(reach.to(torch.float32), x.device)
         error = factor * moved.sqrt() / (self.atol + self.threshold * size.sqrt())
         return self.threshold * error
 

@@ -40,10 +40,12 @@ class SkipEvery(Policy):
     Attributes:
         k: at least 2; the first call is always computed.
         keep_last: compute the last call whatever k says.
+        extrapolate: continue the line through the last two predictions instead of holding the last one.
     """
 
     k: int
     keep_last: bool = True
+    extrapolate: bool = False
 
     def __post_init__(self) -> None:
         if self.k < 2:
@@ -51,10 +53,14 @@ class SkipEvery(Policy):
 
     @property
     def name(self) -> str:
-        return f"skip every {self.k}"
+        return f"skip every {self.k}" + (" extrapolated" if self.extrapolate else "")
+
+    @property
+    def forecasts(self) -> bool:
+        return self.extrapolate
 
     def plan(self, state: RunInfo, call: Call) -> StepPlan:
         skipped = call.position % self.k == self.k - 1
         if self.keep_last and call.position == len(state.calls) - 1:
             skipped = False
-        return StepPlan(call=False) if skipped else FULL
+        return StepPlan(call=False, forecast=int(self.extrapolate)) if skipped else FULL

@@ -26,6 +26,7 @@ from gearshift.policies.adaptive_skip import CRITERIA
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import atomic_write
 from gearshift.runtime.progress import Progress, note
+from gearshift.sampling.costs import macs_of
 from gearshift.sampling.loop import Sampler
 from gearshift.verbs.plan_files import plan_text
 from gearshift.verbs.plan_timing import TimedCosts, ms_per_image
@@ -216,7 +217,7 @@ class Search:
     ) -> tuple[list[Line], Schedule | None]:
         """Everything a plan has to beat, measured on the calibration images, and the best mask of skipped steps."""
         share = spend if self.costs is None else self._macs_share(spend)
-        full = rivals.static_cost(self.sampler, self.sampler.policy, self.table)
+        full = macs_of(self.sampler, self.sampler.policy, self.table)
         assert full is not None
         self._of: dict[str, Sampler] = {}
         some = [("fewer_steps", r) for r in rivals.fewer_steps(self.sampler, share, full, self.table)]
@@ -264,7 +265,7 @@ class Search:
     def _line(self, kind: str, sampler: Sampler, name: str) -> Line:
         """A way of sampling, on the calibration images."""
         images, macs = rivals.images_of(sampler, self.problem.stepper.index, self.table)
-        full = rivals.static_cost(self.sampler, self.sampler.policy, self.table)
+        full = macs_of(self.sampler, self.sampler.policy, self.table)
         assert full is not None
         self._of = {**getattr(self, "_of", {}), name: sampler}
         return Line(kind, name, macs / full, psnr(self.problem.loss_of(images)))
