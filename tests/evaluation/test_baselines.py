@@ -14,7 +14,7 @@ from gearshift.backbones.dit import DiT, DiTConfig
 from gearshift.backbones.uvit import UViT, UViTConfig
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
-from gearshift.evaluation.baselines import EQUAL, Target, baselines_of, best, macs_of, plan_key
+from gearshift.evaluation.baselines import EQUAL, Target, baselines_of, best, plan_key
 from gearshift.evaluation.rows import Row, plan_rows
 from gearshift.evaluation.settings import BASELINES, EvaluationConfig
 from gearshift.execution.cost import CostTable
@@ -31,6 +31,7 @@ from gearshift.policies import (
     Policy,
     SkipEvery,
 )
+from gearshift.sampling.costs import macs_of
 from gearshift.sampling.loop import Sampler, sample
 
 SHAPE: dict[str, Any] = dict(image_size=8, in_channels=1, patch_size=4, embed_dim=8, num_heads=2)
@@ -73,15 +74,20 @@ class Bench:
         self.settings = EvaluationConfig(**{"solvers": {"s": solver}, "chunk": 4, "metrics": [], **settings})
         self.planned = plan_rows(self.settings, self.make)
         self.full = self.planned[0]
-        self.full_macs = macs_of(self.full.sampler, Full(), self.table)
+        self.full_macs = self.macs(Full())
 
     def at(self, *shares: float, taken: Sequence[Row] | None = None) -> list[Row]:
         targets = [Target(f"row {k}", share * self.full_macs) for k, share in enumerate(shares)]
         taken = self.planned if taken is None else taken
         return baselines_of(self.settings, self.make, self.table, self.full, targets, taken)
 
+    def macs(self, policy: Policy, sampler: Sampler | None = None) -> int:
+        macs = macs_of(self.full.sampler if sampler is None else sampler, policy, self.table)
+        assert macs is not None
+        return macs
+
     def share(self, row: Row) -> float:
-        return macs_of(row.sampler, row.sampler.policy, self.table) / self.full_macs
+        return self.macs(row.sampler.policy, row.sampler) / self.full_macs
 
 
 def ddim(steps: int, **more: Any) -> dict[str, Any]:
@@ -129,7 +135,7 @@ def test_what_is_counted_beforehand_is_what_the_ledger_counts(policy: Policy, gu
     bench = Bench(ddim(6), guidance=guidance)
     sampler = replace(bench.full.sampler, policy=policy)
     [chunk] = sample(sampler, 4, table=bench.table)
-    assert macs_of(sampler, policy, bench.table) == chunk.ledger.macs_per_image
+    assert bench.macs(policy, sampler) == chunk.ledger.macs_per_image
 
 
 def test_guidance_within_an_interval_costs_what_it_calls() -> None:
@@ -197,7 +203,7 @@ def test_the_other_grid_is_one_that_the_solver_has(solver: Any, grid: str | None
 
 def test_hurry_is_the_least_reuse_that_saves_enough() -> None:
     bench = Bench(ddim(8), baselines=["hurry"])
-    late = {r: macs_of(bench.full.sampler, AttentionReuse(last=r, operator="map"), bench.table) for r in range(8)}
+    late = {r: bench.macs(AttentionReuse(last=r, operator="map")) for r in range(8)}
     assert late[0] == bench.full_macs
     for r in (1, 3, 7):
         [row] = bench.at((late[r] + 0.4 * (late[r - 1] - late[r])) / bench.full_macs)
@@ -210,7 +216,7 @@ def test_hurry_is_the_least_reuse_that_saves_enough() -> None:
 def test_deep_features_are_the_nearest_that_save_enough_by_the_smallest_interval() -> None:
     bench = Bench(ddim(8), baselines=["deep_features"])
     every = {
-        (interval, branch): macs_of(bench.full.sampler, DeepFeatureReuse(interval=interval, branch=branch), bench.table)
+        (interval, branch): bench.macs(DeepFeatureReuse(interval=interval, branch=branch))
         for interval in range(2, 9)
         for branch in range(3)
     }
@@ -237,7 +243,7 @@ def test_schedules_need_what_they_reuse() -> None:
 def test_what_was_asked_for_is_not_added_again() -> None:
     node = {"_target_": "gearshift.policies.DeepFeatureReuse", "computed": [0, 2, 4, 6]}
     plain, asked = Bench(ddim(8)), Bench(ddim(8), policies={"every other": node})
-    cost = macs_of(plain.full.sampler, DeepFeatureReuse(interval=2), plain.table) / plain.full_macs
+    cost = plain.macs(DeepFeatureReuse(interval=2)) / plain.full_macs
     wanted = [row.name for row in plain.at(cost)]
     assert "deep features 1:2, branch 0" in wanted
     assert [row.name for row in asked.at(cost)] == [n for n in wanted if n != "deep features 1:2, branch 0"]

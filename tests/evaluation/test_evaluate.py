@@ -18,7 +18,6 @@ from gearshift.data.dataset import ImageDataset, content_digest
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
 from gearshift.evaluation import evaluate
-from gearshift.evaluation.baselines import macs_of
 from gearshift.evaluation.evaluate import Evaluator
 from gearshift.evaluation.features import FeatureExtractor
 from gearshift.evaluation.instruments import Instruments
@@ -28,6 +27,7 @@ from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.evaluation.throughput import BUSY
 from gearshift.policies import Policy
 from gearshift.runtime.errors import UsageError
+from gearshift.sampling.costs import macs_of
 from gearshift.sampling.loop import Sampler, sample_chunk
 
 Make = Callable[..., Evaluator]

@@ -224,7 +224,8 @@ def test_reuse_is_told_beside_depth_and_skips():
     depth = np.array([[7, 7], [7, 0], [3, 3]])
     reused = np.array([[0, 0], [7, 0], [2, 1]])
     assert figures._summary(depth, np.zeros_like(depth)) == figures._summary(depth)
-    assert figures._summary(depth, reused) == "mean depth 5.40, 17 % skipped, 37 % of blocks reuse"
+    assert figures._summary(depth, reused) == "mean depth 5.40, 17 % skipped, 37 % reuse"
+    assert figures._summary(depth[::2], reused[::2]) == "mean depth 5.00, 15 % of blocks reuse"
 
 
 def test_blocks_that_reuse_are_hatched():

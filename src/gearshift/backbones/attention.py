@@ -61,8 +61,9 @@ class Attention(nn.Module):
         else:
             q, k, v = self._heads(self.qkv(x), 3)
             if slot.wants("qk"):
-                # Copies: views would keep the values, half as much again, in memory with them.
-                slot.store("qk", q.contiguous(), k.contiguous())
+                # Copies: views would keep the values, half as much again, in memory with them. In the layout of the
+                # projections, so that the output comes out in it too and needs no copy.
+                slot.store("qk", *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)))
             if slot.wants("map"):
                 weights = self.scores(q, k)
                 slot.store("map", weights)

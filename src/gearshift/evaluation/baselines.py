@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gearshift.assembly import build_solver, named
@@ -34,6 +33,7 @@ from gearshift.policies import AttentionReuse, DeepFeatureReuse, Full, Policy
 from gearshift.runtime import config
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import slug
+from gearshift.sampling.costs import macs_of
 from gearshift.sampling.loop import Sampler
 
 EQUAL = 0.005
@@ -97,26 +97,6 @@ def baselines_of(
     return list(made.values())
 
 
-def macs_of(sampler: Sampler, policy: Policy, table: CostTable) -> int:
-    """MACs of one image under `policy`, whose plans are known beforehand and tell no rows apart; what they reuse is
-    taken to be there."""
-    calls, network = sampler.calls(), sampler.denoiser.network
-    state = policy.begin(sampler.info(calls))
-    levels = torch.tensor([call.log_snr for call in calls], dtype=torch.float64)
-    low, high = sampler.guidance_interval or (float("-inf"), float("inf"))
-    costs: dict[Any, int] = {}
-    total = 0
-    for call, path in zip(calls, network.route(levels).tolist(), strict=True):
-        plan = policy.plan(state, call)
-        if plan.call is False:
-            continue
-        key = (path, plan.depth, plan.reuse, plan.bypass)
-        if key not in costs:
-            costs[key] = table.of_plan(network, plan, path).macs
-        total += costs[key] * (sampler.branches if low <= call.log_snr <= high else 1)
-    return total
-
-
 class _Maker:
     """Makes the baselines of one solver."""
 
@@ -139,7 +119,7 @@ class _Maker:
         }
         for kind, make in makers.items():
             row = make(target) if kind in self.settings.baselines else None
-            if row is not None and macs_of(row.sampler, row.sampler.policy, self.table) < self.full_macs:
+            if row is not None and self._cost(row.sampler, row.sampler.policy) < self.full_macs:
                 yield replace(row, baseline=kind)
 
     # Fewer steps -----------------------------------------------------------------------------------------------------
@@ -171,7 +151,7 @@ class _Maker:
             sampler = self._with({**changes, "steps": steps})
             if sampler is not None:
                 least = steps, sampler
-                if macs_of(sampler, sampler.policy, self.table) <= budget:
+                if self._cost(sampler, sampler.policy) <= budget:
                     break
         return least
 
@@ -235,7 +215,12 @@ class _Maker:
         return self._row(name, sampler, target, note)
 
     def _macs(self, policy: Policy) -> int:
-        return macs_of(self.sampler, policy, self.table)
+        return self._cost(self.sampler, policy)
+
+    def _cost(self, sampler: Sampler, policy: Policy) -> int:
+        macs = macs_of(sampler, policy, self.table)
+        assert macs is not None, "every baseline is static"
+        return macs
 
     def _row(self, name: str, sampler: Sampler, target: Target, note: str | None = None) -> Row:
         return Row(f"{name}{self.suffix}", self.full.solver, self.full.name, sampler, target.name, note=note)

@@ -119,7 +119,8 @@ def _summary(depth: np.ndarray, reused: np.ndarray | None = None) -> str:
     if skipped:
         parts.append(f"{100 * skipped:.0f} % {'' if taken else 'of calls '}skipped")  # one line has to do
     if taken:
-        parts.append(f"{100 * taken / float(depth.sum(dtype=np.int64)):.0f} % of blocks reuse")
+        share = 100 * taken / float(depth.sum(dtype=np.int64))
+        parts.append(f"{share:.0f} % {'' if skipped else 'of blocks '}reuse")
     return ", ".join(parts)
 
 

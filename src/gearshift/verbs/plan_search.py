@@ -241,25 +241,26 @@ class Search:
         return min(1.0, spend)
 
     def _tuned(self, share: float, full: float) -> list[Line]:
-        """AdaptiveDiffusion's rule under each criterion, its threshold tuned to the budget."""
+        """AdaptiveDiffusion's rule under each criterion, its threshold tuned to the budget: with the official warm-up and
+        cap where these let it come down that far, else without a cap."""
         lines = []
         index = self.problem.stepper.index
         for criterion in CRITERIA:
             for extrapolate in (False, True):
-                warm = 2 if criterion == "embedded_error" else 3
-                policy = AdaptiveSkip(
-                    criterion=criterion, max_skip_steps=None, warmup_steps=warm, tail_steps=0, extrapolate=extrapolate
-                )
 
                 def cost(candidate: Any) -> float:
                     own = replace(self.sampler, policy=candidate)
                     return rivals.images_of(own, index, self.table)[1] / full
 
-                try:
-                    found = tune(policy, cost, share, rounds=8)
-                except UsageError:
-                    continue  # does not come down to this budget
-                lines.append(self._line("step_skipping", replace(self.sampler, policy=found.policy), found.policy.name))
+                for cap in (4, None):
+                    policy = AdaptiveSkip(criterion=criterion, max_skip_steps=cap, extrapolate=extrapolate)
+                    try:
+                        found = tune(policy, cost, share, rounds=8)
+                    except UsageError:
+                        continue  # does not come down to this budget
+                    sampler = replace(self.sampler, policy=found.policy)
+                    lines.append(self._line("step_skipping", sampler, found.policy.name))
+                    break
         return lines
 
     def _line(self, kind: str, sampler: Sampler, name: str) -> Line:
