@@ -162,7 +162,8 @@ def test_one_branch_may_be_skipped_while_the_other_leaves_early(case: tuple[str,
     call = torch.tensor([True] * B + [False] * B)
     p = d.predict(other, time, labels, plan=StepPlan(call=call, depth=depths), guidance=W, held=held, packing=EAGER)
     conditional = rows_by_hand(d, other, time, labels, depths)[:B, : d.network.in_channels]
-    torch.testing.assert_close(p.eps, torch.lerp(held.eps[B:], conditional, W), **TOLERANCE)
+    # Guidance doubles what kernels of another batch size round apart.
+    torch.testing.assert_close(p.eps, torch.lerp(held.eps[B:], conditional, W), rtol=1e-4, atol=3e-5)
     assert p.depth.tolist() == [*depths[:B].tolist(), *[0] * B]
     assert torch.equal(p.held.eps[B:], held.eps[B:])
 

@@ -241,8 +241,8 @@ class Search:
         return min(1.0, spend)
 
     def _tuned(self, share: float, full: float) -> list[Line]:
-        """AdaptiveDiffusion's rule under each criterion, its threshold tuned to the budget: with the official warm-up and
-        cap where these let it come down that far, else without a cap."""
+        """AdaptiveDiffusion's rule under each criterion, its threshold tuned to the budget: with the official warm-up
+        and cap where these let it come down that far, else without a cap."""
         lines = []
         index = self.problem.stepper.index
         for criterion in CRITERIA:
