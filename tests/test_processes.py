@@ -217,6 +217,7 @@ EVALUATE = [
     "evaluation.solvers.ddim.steps=6",
     "evaluation.timing_images=4",
     "evaluation.timing_rounds=1",
+    "evaluation.baselines=[fewer_steps]",
     "evaluation.metrics=[label_agreement,fd@classifier,kd@classifier,fd@random_conv,precision_recall@random_conv]",
     "device=cpu",
 ]

@@ -200,4 +200,9 @@ def sample(
         first = int(index[0])
         kept = slice(max(start - first, 0), min(sampler.chunk, stop - first))
         cond = None if chunk.cond is None else chunk.cond[kept]
-        yield Chunk(index[kept], chunk.images[kept], cond, chunk.ledger.take(kept))
+        # What is said of every sample has them along its last axis, after the calls.
+        record = {
+            name: value[..., kept] if value.ndim > 1 and value.shape[-1] == len(index) else value
+            for name, value in chunk.record.items()
+        }
+        yield Chunk(index[kept], chunk.images[kept], cond, chunk.ledger.take(kept), record)

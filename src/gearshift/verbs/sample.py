@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from gearshift.runtime.progress import Progress, note
 from gearshift.runtime.run import RunFolder
 from gearshift.sampling.gather import gather_chunks
 from gearshift.sampling.ledger import LedgerData
-from gearshift.sampling.loop import Chunk, Sampler, sample_chunk
+from gearshift.sampling.loop import Chunk, Sampler, sample, sample_chunk
 from gearshift.sampling.prompts import Prompts
 
 FORMATS = ("npz", "png")
@@ -182,7 +182,14 @@ def _write(sampler: Sampler, pixels: ToPixels, start: int, count: int, folder: P
     records: list[tuple[int, int, Mapping[str, Tensor]]] = []
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(own * len(sampler.calls()), "sample", unit="calls"))
-        made = _made(sampler, start, count, lambda: progress.update(1))
+        made = sample(
+            sampler,
+            count,
+            start=start,
+            rank=rank,
+            world_size=processes,
+            on_call=lambda _: progress.update(1),
+        )
         npz = stack.enter_context(AdmWriter(target, count, shape)) if layout == "npz" and rank == 0 else None
         pngs = PngFolder(target) if layout == "png" else None
         for _ in range(0, chunks, processes):
@@ -216,23 +223,6 @@ def _write(sampler: Sampler, pixels: ToPixels, start: int, count: int, folder: P
         atomic_write(folder / "labels.npz", lambda file: np.savez(file, index=index, arr_1=classes))
     ordered = sorted((one for part in recorded for one in part), key=lambda one: one[0])
     return Written(target, LedgerData.merge(ledgers), torch.cat(shown), decisions_of(ordered))
-
-
-def _made(sampler: Sampler, start: int, count: int, on_call: Callable[[], None]) -> Iterator[Chunk]:
-    """This process's chunks of the images `start`..., trimmed to the range, with what the policy recorded."""
-    sampler.check()
-    table = CostTable.measure(sampler.denoiser.network)
-    for index in sampler.chunks(start, start + count)[launch.rank() :: launch.world_size()]:
-        chunk = sample_chunk(sampler, index, table, on_call=lambda _: on_call())
-        first = int(index[0])
-        kept = slice(max(start - first, 0), min(sampler.chunk, start + count - first))
-        # What is said of every sample has them along its last axis, after the calls.
-        record = {
-            name: value[..., kept] if value.ndim > 1 and value.shape[-1] == len(index) else value
-            for name, value in chunk.record.items()
-        }
-        cond = None if chunk.cond is None else chunk.cond[kept]
-        yield Chunk(index[kept], chunk.images[kept], cond, chunk.ledger.take(kept), record)
 
 
 def decisions_of(records: Sequence[tuple[int, int, Mapping[str, Tensor]]]) -> dict[str, np.ndarray]:
