@@ -192,7 +192,16 @@ def test_an_experiment_runs_two_steps(name, data_of, tmp_path, monkeypatch, caps
     assert tiny.num_blocks() == depth, "debug=tiny shrinks widths, never depth"
 
 
-def test_every_group_file_is_valid():
+@pytest.fixture
+def plan_file(tmp_path):
+    """The least there can be of what `policy=planned` reads."""
+    file = tmp_path / "plan.yaml"
+    fields = "log_snr: [0.0]\ncall: [1]\ndepth: [0]\nreuse: [{}]\n"
+    file.write_text(f"_target_: gearshift.policies.Planned\nnetwork: UViT\nblocks: 7\n{fields}")
+    return file
+
+
+def test_every_group_file_is_valid(plan_file):
     """Each file of a group that names a class fits that class's schema."""
     from omegaconf import OmegaConf
 
@@ -203,15 +212,17 @@ def test_every_group_file_is_valid():
         node = OmegaConf.load(file)
         if node.get("_target_") and "defaults" not in node:  # files that start from others are part of experiments
             for key in OmegaConf.missing_keys(node):  # what everyone has to set, such as the place of a data set
-                OmegaConf.update(node, key, "given")
+                OmegaConf.update(node, key, str(plan_file) if key == "file" else "given")
             config.validate(OmegaConf.create({file.parent.name: node}))
             checked += 1
     assert checked > 25
 
 
 @pytest.mark.parametrize("group", ["policy", "evaluation", "solver"])
-def test_every_file_of_a_sampling_group_builds(group):
+def test_every_file_of_a_sampling_group_builds(group, plan_file):
     for file in sorted((conf_dir() / group).glob("*.yaml")):
         # Through Hydra, as a user names it: files may start from others of their group.
         verb, needed = ("evaluate", ["run=x"]) if group == "evaluation" else ("sample", ["run=x"])
+        if file.stem == "planned":
+            needed = [*needed, f"policy.file={plan_file}"]
         config.build(composed(verb, *needed, f"{group}={file.stem}")[group])

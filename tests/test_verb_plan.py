@@ -122,7 +122,7 @@ def test_a_budget_of_time(trained, capsys):
     """A generous one: that milliseconds are counted and the plan is timed is what can be asserted."""
     found = answer(capsys, "plan", f"run={trained}", "unit=ms", "budget=1000", "rivals=false", "timing_rounds=2", *FEW)
     assert found["unit"] == "ms" and 0 < found["ms_per_image"] <= 1000
-    assert found["macs_fraction"] == pytest.approx(1.0)  # all of it fits
+    assert 0 < found["macs_fraction"] <= 1
     line = refusal(capsys, "plan", f"run={trained}", "unit=ms", "budget=1e-6", "rivals=false", "timing_rounds=2", *FEW)
     assert "budget=1e-06 ms per image cannot be met" in line and "no plan costs less than" in line
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -126,7 +127,8 @@ def _losses(axes: Axes, losses: Mapping[str, tuple[float, float | None]]) -> Non
     if any(predicted is not None for _, predicted in finite.values()):
         axes.plot([], [], marker="|", linestyle="none", markersize=10, color="#d55e00", label="predicted")
         axes.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1.0))
-    axes.set_yticks(range(len(names)), names)
+    wrapped = [textwrap.shorten(name, 60, placeholder=" ...") for name in names]
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 22) for name in wrapped])
     values = [measured for measured, _ in finite.values()]
     if values:
         axes.set_xlim(max(0.0, min(values) - 8), max(values) + 5)

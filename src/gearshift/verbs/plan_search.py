@@ -329,7 +329,7 @@ class Search:
         atomic_write(self.place, plan_text(policy, header))
         predicted = None if self.predicted is None else psnr(self.predicted)
         losses = {"plan": (plan.validation, predicted)}
-        losses |= {f"{kind.replace('_', ' ')}:\n{one.name}": (one.validation, None) for kind, one in best.items()}
+        losses |= {f"{kind.replace('_', ' ')}: {one.name}": (one.validation, None) for kind, one in best.items()}
         network, problem = self.network, self.problem
         one_call = statistics.fmean(problem.cost_at(k, self.menu.full) for k in range(len(schedule)))
         shares = [problem.cost_at(k, choice) / one_call for k, choice in enumerate(schedule)]
