@@ -168,18 +168,25 @@ class Problem:
 
     def error(self, images: Tensor) -> Tensor:
         """Difference to full compute, [n, C, H, W]."""
-        return self._seen(images) - self._seen(self.reference)
+        return difference(images, self.reference, self.clip)
 
     def loss_of(self, images: Tensor) -> float:
         """Mean squared error to full compute."""
-        return float(self.error(images).double().square().mean())
-
-    def _seen(self, images: Tensor) -> Tensor:
-        return images.clamp(-1, 1) if self.clip else images
+        return mean_squared_error(images, self.reference, self.clip)
 
     @property
     def runs(self) -> float:
         return self.steps_made / len(self.calls)
+
+
+def difference(images: Tensor, reference: Tensor, clip: bool) -> Tensor:
+    """Images minus reference [n, C, H, W]: within [-1, 1], as images are looked at, with `clip`."""
+    return images.clamp(-1, 1) - reference.clamp(-1, 1) if clip else images - reference
+
+
+def mean_squared_error(images: Tensor, reference: Tensor, clip: bool) -> float:
+    """Mean square of `difference`."""
+    return float(difference(images, reference, clip).double().square().mean())
 
 
 def psnr(loss: float, peak: float = 2.0) -> float:

@@ -12,8 +12,6 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,9 @@ from gearshift.assembly import build_policy, build_solver
 from gearshift.execution.cost import CostTable
 from gearshift.planning.choices import SPACES
 from gearshift.planning.planner import SEARCHES
-from gearshift.planning.threshold import Tuned, tune
+from gearshift.planning.problem import mean_squared_error, psnr
+from gearshift.planning.rivals import images_of
+from gearshift.planning.threshold import ROUNDS, Tuned, tune
 from gearshift.policies import Policy
 from gearshift.policies.attention_reuse import OPERATORS
 from gearshift.runtime import config
@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     place = _place(cfg, loaded.folder.path)
     if cfg.get("policy"):
-        answer = _threshold(cfg, sampler, place)
+        answer = _threshold(cfg, sampler, place, clip=loaded.to_pixels().decoder is None)
     else:
         answer = Search(cfg, loaded, sampler, place).run()
     seconds = time.monotonic() - began
@@ -120,17 +120,9 @@ def command() -> str:
     return shlex.join(["gearshift", "plan", *sys.argv[2:]] if len(sys.argv) > 1 else ["gearshift", "plan"])
 
 
-@contextmanager
-def progress(total: int, label: str, unit: str) -> Iterator[Progress]:
-    with Progress(total, label, unit=unit) as bar:
-        yield bar
-
-
-def _threshold(cfg: DictConfig, sampler: Sampler, place: Path) -> dict[str, Any]:
-    """The threshold of `policy` that meets the budget."""
-    from gearshift.planning.rivals import images_of
-    from gearshift.planning.threshold import ROUNDS
-
+def _threshold(cfg: DictConfig, sampler: Sampler, place: Path, *, clip: bool) -> dict[str, Any]:
+    """The threshold of `policy` that meets the budget; images are compared within [-1, 1] with `clip`, latents as they
+    are."""
     policy = build_policy(cfg.policy)
     table = CostTable.measure(sampler.denoiser.network)
     index = torch.arange(cfg.images, device=sampler.device)
@@ -143,10 +135,7 @@ def _threshold(cfg: DictConfig, sampler: Sampler, place: Path) -> dict[str, Any]
     with Progress(ROUNDS + 1, "threshold", unit="runs") as bar:
         tuned: Tuned = tune(policy, cost, cfg.budget, on_round=lambda threshold: bar.update(1, at=threshold))
     images, _ = images_of(replace(sampler, policy=tuned.policy), index, table)
-    mse = float((images.clamp(-1, 1) - full_images.clamp(-1, 1)).double().square().mean())
-    from gearshift.planning.problem import psnr
-
-    closeness = psnr(mse)
+    closeness = psnr(mean_squared_error(images, full_images, clip))
     text = threshold_text(config.plain(cfg.policy), tuned.threshold, command(), cfg.budget, tuned.cost, closeness)
     atomic_write(place, text)
     return {

@@ -18,7 +18,7 @@ from gearshift.assembly import build_policy
 from gearshift.execution.cost import CostTable
 from gearshift.planning import planner, rivals
 from gearshift.planning.choices import Choice, Menu, Schedule, as_policy, describe
-from gearshift.planning.problem import CostOf, Problem, psnr
+from gearshift.planning.problem import CostOf, Problem, mean_squared_error, psnr
 from gearshift.planning.responses import Responses, measure_responses, tried
 from gearshift.planning.threshold import tune
 from gearshift.policies import AdaptiveSkip, Planned
@@ -27,7 +27,7 @@ from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import atomic_write
 from gearshift.runtime.progress import Progress, note
 from gearshift.sampling.costs import macs_of
-from gearshift.sampling.loop import Sampler
+from gearshift.sampling.loop import Sampler, sample_chunk
 from gearshift.verbs.plan_files import plan_text
 from gearshift.verbs.plan_timing import TimedCosts, ms_per_image
 
@@ -37,10 +37,11 @@ TIGHTENINGS = 3
 
 @dataclass(frozen=True)
 class Line:
-    """One way of sampling at the budget: its kind, name, share of full MACs, and closeness to full compute [dB]."""
+    """One way of sampling at the budget: its kind and name, share of full MACs, and closeness to full compute [dB]."""
 
     kind: str
     name: str
+    sampler: Sampler
     macs_fraction: float
     calibration: float
     validation: float = math.nan
@@ -63,6 +64,9 @@ class Search:
         self.cfg, self.loaded, self.sampler, self.place = cfg, loaded, sampler, place
         self.network = sampler.denoiser.network
         self.table = CostTable.measure(self.network)
+        full = macs_of(sampler, sampler.policy, self.table)
+        assert full is not None  # full compute decides by no data
+        self.full_macs = float(full)
         self.menu = Menu.of(self.network, sampler.branches, list(cfg.space), cfg.operator)
         self.clip = not loaded.to_pixels().decoder
         self.effort = planner.Effort(evaluations=cfg.evaluations, restarts=cfg.restarts)
@@ -90,7 +94,7 @@ class Search:
         schedule, milliseconds = self._plan(responses, trial, spend, alone)
         policy = as_policy(schedule, self.problem.run, self.sampler.solver.name)
         found = self._line("plan", replace(self.sampler, policy=policy), "plan")
-        lines = self._validated([(found, replace(self.sampler, policy=policy)), *self._samplers(lines)])
+        lines = self._validated([found, *lines])
         plan = lines[0]
         if cfg.unit == "macs" and not planner.within(plan.macs_fraction, cfg.budget):
             raise RunError(f"the plan took {plan.macs_fraction:.4f} of the MACs, over budget={cfg.budget:g}")
@@ -216,10 +220,9 @@ class Search:
         self, responses: Responses | None, trial: Problem | None, spend: float
     ) -> tuple[list[Line], Schedule | None]:
         """Everything a plan has to beat, measured on the calibration images, and the best mask of skipped steps."""
-        share = spend if self.costs is None else self._macs_share(spend)
-        full = macs_of(self.sampler, self.sampler.policy, self.table)
-        assert full is not None
-        self._of: dict[str, Sampler] = {}
+        # By MACs, whatever the budget counts: as many as the share of time would be.
+        share = min(1.0, spend)
+        full = self.full_macs
         some = [("fewer_steps", r) for r in rivals.fewer_steps(self.sampler, share, full, self.table)]
         some += [("hand_made", r) for r in rivals.by_hand(self.sampler, share, full, self.table)]
         lines = []
@@ -235,10 +238,6 @@ class Search:
             policy = as_policy(alone, self.problem.run, self.sampler.solver.name)
             lines.append(self._line("step_skipping", replace(self.sampler, policy=policy), "planned skips"))
         return lines, alone
-
-    def _macs_share(self, spend: float) -> float:
-        """Rivals are chosen by MACs, whatever the budget counts: as many as the share of time would be."""
-        return min(1.0, spend)
 
     def _tuned(self, share: float, full: float) -> list[Line]:
         """AdaptiveDiffusion's rule under each criterion, its threshold tuned to the budget: with the official warm-up
@@ -266,29 +265,18 @@ class Search:
     def _line(self, kind: str, sampler: Sampler, name: str) -> Line:
         """A way of sampling, on the calibration images."""
         images, macs = rivals.images_of(sampler, self.problem.stepper.index, self.table)
-        full = macs_of(self.sampler, self.sampler.policy, self.table)
-        assert full is not None
-        self._of = {**getattr(self, "_of", {}), name: sampler}
-        return Line(kind, name, macs / full, psnr(self.problem.loss_of(images)))
+        return Line(kind, name, sampler, macs / self.full_macs, psnr(self.problem.loss_of(images)))
 
-    def _samplers(self, lines: Sequence[Line]) -> list[tuple[Line, Sampler]]:
-        return [(line, self._of[line.name]) for line in lines]
-
-    def _validated(self, pairs: Sequence[tuple[Line, Sampler]]) -> list[Line]:
+    def _validated(self, lines: Sequence[Line]) -> list[Line]:
         """With the closeness on further noise."""
         first = self.cfg.images
         index = torch.arange(first, first + self.cfg.validation, device=self.sampler.device)
         reference, _ = rivals.images_of(self.sampler, index, self.table)
-
-        def seen(images: Tensor) -> Tensor:
-            return images.clamp(-1, 1) if self.clip else images
-
         found = []
-        with Progress(len(pairs), "validation", unit="runs") as bar:
-            for line, sampler in pairs:
-                images, _ = rivals.images_of(sampler, index, self.table)
-                loss = float((seen(images) - seen(reference)).double().square().mean())
-                found.append(replace(line, validation=psnr(loss)))
+        with Progress(len(lines), "validation", unit="runs") as bar:
+            for line in lines:
+                images, _ = rivals.images_of(line.sampler, index, self.table)
+                found.append(replace(line, validation=psnr(mean_squared_error(images, reference, self.clip))))
                 bar.update(1)
         return found
 
@@ -302,8 +290,6 @@ class Search:
             policy = build_policy(name)
             own = replace(self.sampler, policy=policy)
             own.check()
-            from gearshift.sampling.loop import sample_chunk
-
             chunk = sample_chunk(replace(own, chunk=self.cfg.images), self.problem.stepper.index, self.table)
             calls = float(chunk.ledger.called.mean(axis=(1, 2)).sum())
             reached = psnr(self.problem.loss_of(chunk.images))
