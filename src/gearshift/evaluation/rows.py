@@ -112,8 +112,8 @@ def fingerprint(row: Row, full: Row, weights: str, observed: str) -> str:
             "weights": weights,
             "code": code_digest(),
             "torch": torch.__version__,
-            "sampler": _identity(row.sampler),
-            "full": _identity(full.sampler),
+            "sampler": identity_of(row.sampler),
+            "full": identity_of(full.sampler),
             "observed": observed,
         },
         sort_keys=True,
@@ -131,7 +131,8 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def _identity(sampler: Sampler) -> dict[str, str]:
+def identity_of(sampler: Sampler) -> dict[str, str]:
+    """What decides the images of a sampler besides the weights, as text."""
     parts = {"solver": sampler.solver, "policy": sampler.policy, "process": sampler.denoiser.process}
     plain = [field.name for field in fields(sampler) if field.name not in ("denoiser", *parts)]
     return {

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gearshift.planning.choices import Choice, Menu, Schedule
+from gearshift.planning.kept import KeptResponses
 from gearshift.planning.problem import Problem
 
 Key = tuple[int, Choice, int]
@@ -180,28 +182,52 @@ def tried(problem: Problem, menu: Menu, longest: int) -> list[Key]:
 
 
 def measure_responses(
-    problem: Problem, menu: Menu, longest: int, on_done: Callable[[int], None] = lambda done: None
+    problem: Problem,
+    menu: Menu,
+    longest: int,
+    on_done: Callable[[int], None] = lambda done: None,
+    kept: KeptResponses | None = None,
 ) -> Responses:
-    """Try every decision of `menu` alone: about half a run of the batch each."""
+    """Try every decision of `menu` alone: about half a run of the batch each. What `kept` holds is not tried again."""
     keys = tried(problem, menu, longest)
-    full = menu.full
-    errors = []
-    for done, (position, choice, skipped) in enumerate(keys):
-        if skipped:
-            images = problem.deviating(position, [full] + [choice] * skipped)
-        else:
-            branches = full.branches if choice.branches < 0 else choice.branches
-            images = problem.deviating(position, [replace(choice, branches=branches)])
-        errors.append(problem.error(images).flatten().double().cpu())
-        on_done(done + 1)
-    matrix = torch.stack(errors) if errors else torch.zeros(0, 1, dtype=torch.float64)
-    gram = (matrix @ matrix.T / matrix.shape[1]).numpy()
+    gram = _gram(problem, keys, menu.full, on_done, kept) if kept is None or kept.gram is None else kept.gram
     calls = problem.calls
     ends = [call.sigma / call.alpha for call in calls] + [calls[-1].next_sigma / calls[-1].next_alpha]
     paths = tuple(problem.run.network.paths[path] for path in problem.paths)
     # What changes nothing has no row of its own: full compute at a call.
     number = {key: row for row, key in enumerate(keys)}
-    return Responses(_with_nothing(number, calls, full), _bordered(gram), np.array(ends), longest, paths)
+    return Responses(_with_nothing(number, calls, menu.full), _bordered(gram), np.array(ends), longest, paths)
+
+
+def _gram(
+    problem: Problem,
+    keys: Sequence[Key],
+    full: Choice,
+    on_done: Callable[[int], None],
+    kept: KeptResponses | None,
+) -> NDArray[np.float64]:
+    errors: list[Tensor] = [] if kept is None else list(kept.errors)
+    if errors:
+        on_done(len(errors))
+    try:
+        for done, (position, choice, skipped) in enumerate(keys[len(errors) :], len(errors)):
+            if skipped:
+                images = problem.deviating(position, [full] + [choice] * skipped)
+            else:
+                branches = full.branches if choice.branches < 0 else choice.branches
+                images = problem.deviating(position, [replace(choice, branches=branches)])
+            errors.append(problem.error(images).flatten().double().cpu())
+            if kept is not None:
+                kept.add(errors[-1])
+            on_done(done + 1)
+    finally:  # also when it is stopped
+        if kept is not None:
+            kept.save()
+    matrix = torch.stack(errors) if errors else torch.zeros(0, 1, dtype=torch.float64)
+    gram: NDArray[np.float64] = (matrix @ matrix.T / matrix.shape[1]).numpy()
+    if kept is not None:
+        kept.close(gram)
+    return gram
 
 
 def _with_nothing(number: dict[Key, int], calls: Sequence[object], full: Choice) -> dict[Key, int]:

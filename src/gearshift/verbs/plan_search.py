@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -15,9 +17,12 @@ from torch import Tensor
 
 from gearshift import api
 from gearshift.assembly import build_policy
+from gearshift.evaluation.rows import code_digest, identity_of
+from gearshift.evaluation.weights import weights_digest
 from gearshift.execution.cost import CostTable
 from gearshift.planning import planner, rivals
 from gearshift.planning.choices import Choice, Menu, Schedule, as_policy, describe
+from gearshift.planning.kept import KeptResponses
 from gearshift.planning.problem import CostOf, Problem, mean_squared_error, psnr
 from gearshift.planning.responses import Responses, measure_responses, tried
 from gearshift.planning.threshold import tune
@@ -140,9 +145,26 @@ class Search:
         trial = self._problem(torch.arange(self.cfg.trial_images), cost_of)
         longest = self.cfg.longest or min(len(trial.calls) - 1, math.ceil(1 / spend) + 1)
         count = len(tried(trial, self.menu, longest))
+        kept = KeptResponses(self._kept_at(longest))
         with Progress(count, "single decisions", unit="decisions") as bar:
-            found = measure_responses(trial, self.menu, longest, lambda done: bar.update(1))
+            found = measure_responses(trial, self.menu, longest, lambda done: bar.update(done - bar.done), kept)
         return found, trial
+
+    def _kept_at(self, longest: int) -> Path:
+        """The file of single decisions that were tried, named by what decides what they do."""
+        about = {
+            "weights": weights_digest(self.network),
+            "code": code_digest(),
+            "torch": torch.__version__,
+            "sampler": identity_of(self.sampler),
+            "images": self.cfg.trial_images,
+            "menu": [self.menu.branches, self.menu.depths, [sorted(r) for r in self.menu.reuse], self.menu.skips],
+            "longest": longest,
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        folder = self.loaded.folder.path / "plans"
+        folder.mkdir(exist_ok=True)
+        return folder / f"decisions-{digest}.npz"
 
     def _search(
         self,
