@@ -14,11 +14,10 @@ from gearshift.backbones.dit import DiT, DiTConfig
 from gearshift.backbones.uvit import UViT, UViTConfig
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
-from gearshift.evaluation.baselines import EQUAL, Target, baselines_of, best, plan_key
+from gearshift.evaluation.baselines import EQUAL, Target, baselines_of, best
 from gearshift.evaluation.rows import Row, plan_rows
 from gearshift.evaluation.settings import BASELINES, EvaluationConfig
 from gearshift.execution.cost import CostTable
-from gearshift.execution.plan import FULL, StepPlan
 from gearshift.policies import (
     AdaptiveSkip,
     AttentionReuse,
@@ -268,14 +267,6 @@ def test_every_solver_names_its_own() -> None:
 
 
 # Plans ---------------------------------------------------------------------------------------------------------------
-
-
-def test_plans_are_told_apart_by_what_they_compute() -> None:
-    assert plan_key(FULL) == plan_key(StepPlan()) != plan_key(StepPlan(depth=3))
-    rows = torch.tensor([True, False])
-    assert plan_key(StepPlan(call=rows)) == plan_key(StepPlan(call=rows.clone())) != plan_key(StepPlan(call=~rows))
-    assert plan_key(StepPlan(bypass={2: rows})) != plan_key(StepPlan(bypass={1: rows}))
-    assert plan_key(StepPlan(exit=object())) is None  # type: ignore[arg-type]
 
 
 def test_policies_that_decide_by_data_are_like_no_other() -> None:

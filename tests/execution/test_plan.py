@@ -90,3 +90,11 @@ def test_plans_that_do_not_fit_the_network() -> None:
             s.run(plan)
     with pytest.raises(ValueError, match=r"depth has shape \[2\]; the run has 6 rows"):
         s.run(StepPlan(depth=torch.tensor([3, 4])))
+
+
+def test_plans_are_told_apart_by_what_they_compute() -> None:
+    assert FULL.key() == StepPlan().key() != StepPlan(depth=3).key()
+    rows = torch.tensor([True, False])
+    assert StepPlan(call=rows).key() == StepPlan(call=rows.clone()).key() != StepPlan(call=~rows).key()
+    assert StepPlan(bypass={2: rows}).key() != StepPlan(bypass={1: rows}).key()
+    assert StepPlan(exit=object()).key() is None  # type: ignore[arg-type]

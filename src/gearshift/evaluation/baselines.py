@@ -21,26 +21,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
-from gearshift.assembly import build_solver, named
 from gearshift.evaluation.rows import Row, sampler_of, suffix_of
 from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.execution.cost import CostTable
 from gearshift.execution.parts import attention_of
-from gearshift.execution.plan import StepPlan
 from gearshift.policies import AttentionReuse, DeepFeatureReuse, Full, Policy
-from gearshift.runtime import config
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import slug
 from gearshift.sampling.costs import macs_of
+from gearshift.sampling.fewer_steps import at_most, other_grid
 from gearshift.sampling.loop import Sampler
 
 EQUAL = 0.005
 """Relative difference up to which a number of steps has the MACs of the matched row: steps are whole, and a baseline
 that is a step short for a difference nobody can see would be a weaker one."""
-_GRIDS = ("log_snr", "linspace", "time", "trailing", "leading")
-"""Spacings in the order in which one is looked for that a solver has and is not set to."""
 
 
 @dataclass(frozen=True)
@@ -125,44 +119,15 @@ class _Maker:
     # Fewer steps -----------------------------------------------------------------------------------------------------
 
     def _fewer_steps(self, target: Target) -> Row | None:
-        found = self._steps(target, {})
+        found = at_most(self.sampler, target.macs * (1 + EQUAL), self.table)
         return None if found is None else self._row(f"full, {found[0]} steps", found[1], target)
 
     def _other_grid(self, target: Target) -> Row | None:
-        own = getattr(getattr(self.sampler.solver, "config", None), "spacing", None)
-        for spacing in (spacing for spacing in _GRIDS if own is not None and spacing != own):
-            found = self._steps(target, {"spacing": spacing})
-            if found is not None:
-                row = self._row(f"full, {found[0]} steps, {spacing}", found[1], target)
-                return replace(row, grid=spacing)
-        return None
-
-    def _steps(self, target: Target, changes: Mapping[str, str]) -> tuple[int, Sampler] | None:
-        """The most steps that cost no more than the matched row, at least 1, and their sampler; None where the solver
-        has no such steps."""
-        usual = getattr(getattr(self.sampler.solver, "config", None), "steps", None)
-        if usual is None or self._with({**changes, "steps": usual}) is None:
+        found = other_grid(self.sampler, target.macs * (1 + EQUAL), self.table)
+        if found is None:
             return None
-        budget = target.macs * (1 + EQUAL)
-        # Not every solver calls once per step; none calls less often than its steps grow.
-        start = min(usual - 1, int(usual * budget / self.full_macs) + 1)
-        least = None
-        for steps in range(start, 0, -1):
-            sampler = self._with({**changes, "steps": steps})
-            if sampler is not None:
-                least = steps, sampler
-                if self._cost(sampler, sampler.policy) <= budget:
-                    break
-        return least
-
-    def _with(self, changes: Mapping[str, Any]) -> Sampler | None:
-        """Full compute under a changed solver; None where it refuses."""
-        node = self.settings.solvers[self.full.solver]
-        plain = config.plain(named("solver", node) if isinstance(node, str) else node)
-        try:
-            return sampler_of(self.settings, self.make_sampler, Full(), build_solver({**plain, **changes}))
-        except UsageError:
-            return None
+        spacing, steps, sampler = found
+        return replace(self._row(f"full, {steps} steps, {spacing}", sampler, target), grid=spacing)
 
     # Schedules made by hand ------------------------------------------------------------------------------------------
 
@@ -234,14 +199,6 @@ def _joined(*parts: str | None) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def plan_key(plan: StepPlan) -> tuple[Any, ...] | None:
-    """Equal for plans that compute the same; None where a rule decides, which is like no other."""
-    if plan.exit is not None:
-        return None
-    fields = ("call", "expert", "depth", "bypass", "reuse", "forecast")
-    return tuple(_plain(getattr(plan, name)) for name in fields)
-
-
 def _signature(sampler: Sampler) -> Any:
     """Equal for samplers of one evaluation that compute the same; policies that decide by data are like no other."""
     calls, policy = sampler.calls(), sampler.policy
@@ -250,15 +207,7 @@ def _signature(sampler: Sampler) -> Any:
         (round(call.log_snr, 3), round(call.next_log_snr, 3), call.order, call.needs_noise) for call in calls
     )
     state = policy.begin(sampler.info(calls)) if policy.static else None
-    plans = tuple(plan_key(policy.plan(state, call)) for call in calls) if policy.static else ()
+    plans = tuple(policy.plan(state, call).key() for call in calls) if policy.static else ()
     if not plans or None in plans:
         return id(sampler)
     return type(sampler.solver), levels, plans
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(value.tolist())
-    if isinstance(value, Mapping):
-        return tuple(sorted((key, _plain(entry)) for key, entry in value.items()))
-    return value

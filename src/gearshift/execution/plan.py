@@ -91,6 +91,21 @@ class StepPlan:
         best = max((PARTS.index(part) for index, part in self.reuse if index == block), default=-1)
         return PARTS[best] if best >= 0 else None
 
+    def key(self) -> tuple[Any, ...] | None:
+        """Equal for plans that compute the same; None where a rule decides, which is like no other."""
+        if self.exit is not None:
+            return None
+        fields = ("call", "expert", "depth", "bypass", "reuse", "forecast")
+        return tuple(_hashable(getattr(self, name)) for name in fields)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.tolist())
+    if isinstance(value, Mapping):
+        return tuple(sorted((key, _hashable(entry)) for key, entry in value.items()))
+    return value
+
 
 FULL = StepPlan()
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
-from gearshift.diffusion.solvers.base import Solver
 from gearshift.execution.cost import CostTable
 from gearshift.policies import (
     AttentionReuse,
@@ -17,13 +15,13 @@ from gearshift.policies import (
     DeepFeatureReuse,
     ExitSchedule,
     FixedDepth,
-    Full,
     Policy,
     SkipEvery,
 )
 from gearshift.policies.base import RunInfo
 from gearshift.runtime.errors import UsageError
 from gearshift.sampling.costs import macs_of
+from gearshift.sampling.fewer_steps import at_most, other_grid
 from gearshift.sampling.loop import Sampler, sample_chunk
 
 
@@ -44,35 +42,14 @@ def images_of(sampler: Sampler, index: Tensor, table: CostTable) -> tuple[Tensor
 
 def fewer_steps(sampler: Sampler, budget: float, full: float, table: CostTable) -> list[Rival]:
     """Full compute with as many steps as `budget` (a share of `full` MACs) pays for, on the solver's own grid and,
-    where it has others, on those."""
-    found = []
-    for name, solver in with_steps(sampler.solver, sampler, budget * full, table):
-        cost = _full_macs(replace(sampler, solver=solver), table) / full
-        found.append(Rival(name, replace(sampler, solver=solver), cost))
-    return found
-
-
-def with_steps(solver: Solver, sampler: Sampler, macs: float, table: CostTable) -> Iterator[tuple[str, Solver]]:
-    """The solver with the most steps that cost at most `macs`; once per grid it can have."""
-    config: Any = getattr(solver, "config", None)
-    if config is None or not hasattr(config, "steps"):
-        return
-    own = getattr(config, "spacing", None)
-    grids = (
-        [own] if own not in ("linspace", "log_snr", "trailing") else list(dict.fromkeys([own, "linspace", "log_snr"]))
-    )
-    for grid in grids:
-        chosen = config if grid == own else replace(config, spacing=grid)
-        for steps in range(config.steps - 1, 0, -1):
-            kind: Any = type(solver)
-            try:
-                made: Solver = kind(replace(chosen, steps=steps))
-                fits = _full_macs(replace(sampler, solver=made), table) <= macs * (1 + 1e-9)
-            except UsageError:  # a grid or number of steps that the solver does not have
-                continue
-            if fits:
-                yield f"{steps} steps" + ("" if grid == own else f", {grid}"), made
-                break
+    where it has another, on that."""
+    found: list[tuple[str, Sampler]] = []
+    if (own := at_most(sampler, budget * full, table)) is not None:
+        found.append((f"{own[0]} steps", own[1]))
+    if (other := other_grid(sampler, budget * full, table)) is not None:
+        found.append((f"{other[1]} steps, {other[0]}", other[2]))
+    rivals = [Rival(name, made, (macs_of(made, made.policy, table) or 0) / full) for name, made in found]
+    return [rival for rival in rivals if rival.cost <= budget * (1 + 1e-9)]
 
 
 def by_hand(sampler: Sampler, budget: float, full: float, table: CostTable) -> list[Rival]:
@@ -123,9 +100,3 @@ def _families(info: RunInfo) -> Iterator[list[Policy]]:
     for k in (2, 3, 4):
         yield [Compose([SkipEvery(k), ExitSchedule(depths=ramp)]) for ramp in ramps]
         yield [Compose([SkipEvery(k), AttentionReuse(last=r, operator="output")]) for r in range(1, total)]
-
-
-def _full_macs(sampler: Sampler, table: CostTable) -> float:
-    macs = macs_of(sampler, Full(), table)
-    assert macs is not None
-    return float(macs)

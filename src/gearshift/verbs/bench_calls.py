@@ -18,7 +18,6 @@ from torch import Tensor
 
 from gearshift.diffusion.denoiser import Denoiser, Held, Prediction
 from gearshift.diffusion.solvers.base import Call, Solver
-from gearshift.evaluation.baselines import plan_key
 from gearshift.evaluation.speed import saving_realised
 from gearshift.evaluation.throughput import Timing, interleave
 from gearshift.execution.cost import CostTable
@@ -173,7 +172,7 @@ class CallBench:
         store = worth_storing(self.info, every)
         found: dict[Any, _Share] = {}
         for call in calls:
-            key = plan_key(every[call.position])
+            key = every[call.position].key()
             if key is None:
                 return [_Share(every[middle.position], None if store is None else store[middle.position], len(calls))]
             count = found[key].count + 1 if key in found else 1
