@@ -74,6 +74,10 @@ class Search:
         self.full_macs = float(full)
         self.menu = Menu.of(self.network, sampler.branches, list(cfg.space), cfg.operator)
         self.clip = not loaded.to_pixels().decoder
+        # What cannot be graded is said before anything is searched.
+        self.graded = [replace(sampler, policy=build_policy(name)) for name in cfg.grade]
+        for own in self.graded:
+            own.check()
         self.effort = planner.Effort(evaluations=cfg.evaluations, restarts=cfg.restarts)
         self.costs: TimedCosts | None = None
         self.predicted: float | None = None
@@ -308,16 +312,13 @@ class Search:
         """Online rules against the greedy oracle at as many calls as they take, on the calibration images."""
         _, oracle = planner.by_elimination(self.problem, 1 / len(self.problem.calls))
         grades = []
-        for name in self.cfg.grade:
-            policy = build_policy(name)
-            own = replace(self.sampler, policy=policy)
-            own.check()
+        for own in self.graded:
             chunk = sample_chunk(replace(own, chunk=self.cfg.images), self.problem.stepper.index, self.table)
             calls = float(chunk.ledger.called.mean(axis=(1, 2)).sum())
             reached = psnr(self.problem.loss_of(chunk.images))
             best = psnr(oracle[min(max(oracle), math.ceil(calls))].loss)
             grades.append(
-                {"policy": policy.name, "calls": calls, "psnr": _finite(reached), "psnr_of_oracle": _finite(best)}
+                {"policy": own.policy.name, "calls": calls, "psnr": _finite(reached), "psnr_of_oracle": _finite(best)}
             )
         return grades
 
