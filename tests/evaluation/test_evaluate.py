@@ -1,135 +1,24 @@
-"""The evaluator over a small network in memory: which row counts as best, baselines, and timing references."""
+"""The evaluator over a small network in memory: which row counts as best, baselines, timing references, repeats."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from gearshift.backbones.uvit import UViT, UViTConfig
-from gearshift.data.dataset import ImageDataset, content_digest
-from gearshift.diffusion.denoiser import Denoiser
-from gearshift.diffusion.process import VPSDE, VPSDEConfig
 from gearshift.evaluation import evaluate
-from gearshift.evaluation.evaluate import Evaluator
-from gearshift.evaluation.features import FeatureExtractor
-from gearshift.evaluation.instruments import Instruments
-from gearshift.evaluation.observe import Observer
-from gearshift.evaluation.results import pictures, results
-from gearshift.evaluation.settings import EvaluationConfig
+from gearshift.evaluation.results import pictures
 from gearshift.evaluation.throughput import BUSY
-from gearshift.policies import Policy
 from gearshift.runtime.errors import UsageError
 from gearshift.sampling.costs import macs_of
-from gearshift.sampling.loop import Sampler, sample_chunk
+from gearshift.sampling.loop import sample_chunk
 
-Make = Callable[..., Evaluator]
-DEPTH = 5
-POLICIES = {
-    f"depth {depth}": {"_target_": "gearshift.policies.FixedDepth", "depth": depth} for depth in range(1, DEPTH + 1)
-}
-SKIP = {"_target_": "gearshift.policies.SkipEvery", "k": 2, "keep_last": False}
-
-
-def ddim(steps: int) -> dict[str, Any]:
-    return {"_target_": "gearshift.diffusion.solvers.ddim.DDIM", "steps": steps, "clip_x0": True}
-
-
-def network(labels: bool, inert_end: bool) -> UViT:
-    """Five blocks; `inert_end` makes the last one the identity, so that depth 4 gives the images of full compute."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        shape = dict(image_size=8, in_channels=1, patch_size=4, embed_dim=8, depth=4, num_heads=2)
-        made = UViT(UViTConfig(num_classes=3 if labels else None, null_class=labels, **shape))  # type: ignore[arg-type]
-        for parameter in made.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    if inert_end:
-        last = made.blocks[-1]
-        assert last.skip_linear is not None
-        for module in (last.attn.proj, last.mlp.fc2, last.skip_linear):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            last.skip_linear.weight[:, :8] = torch.eye(8)
-    return made.eval().requires_grad_(False)
-
-
-def dataset(labels: bool) -> ImageDataset:
-    images = torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    classes = torch.arange(16) % 3 if labels else None
-    digest = content_digest(images.numpy(), None if classes is None else classes.numpy())
-    return ImageDataset(images, classes, 3 if labels else None, (), "noise", "train", digest, "16 images of noise")
-
-
-class Stub(FeatureExtractor):
-    """A classifier whose answers are scripted: the share of right labels for each row, by its number of calls to it."""
-
-    name, dim, protocol, fingerprint = "stub", 3, "scripted", "0123456789abcdef"
-    taps: ClassVar[Mapping[str, int]] = {"features": 3, "logits": 3}
-
-    def __init__(self, shares: Mapping[int, float] | None = None) -> None:
-        self.shares, self.asked = shares or {}, 0
-
-    def read(self, images_u8: Tensor, taps: Collection[str] = ("features",)) -> dict[str, Tensor]:
-        right = torch.arange(len(images_u8)) % 3  # labels are balanced
-        wrong = round(len(images_u8) * (1 - self.shares.get(self.asked, 1.0)))
-        self.asked += 1
-        seen = torch.where(torch.arange(len(images_u8)) < wrong, (right + 1) % 3, right)
-        return {tap: nn.functional.one_hot(seen, 3).float() for tap in taps}
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def _forward(self, images_u8: Tensor) -> Mapping[str, Tensor]:
-        raise AssertionError
-
-
-@pytest.fixture
-def evaluator(tmp_path: Path) -> Make:
-    def make(
-        classifier: Stub | None = None, *, classes: bool = False, inert_end: bool = False, **settings: Any
-    ) -> Evaluator:
-        denoiser = Denoiser(network(classes, inert_end), VPSDE(VPSDEConfig()))
-
-        def sampler(policy: Policy, solver: Any, **options: Any) -> Sampler:
-            made = Sampler(denoiser, solver, policy, **options)
-            made.check()
-            return made
-
-        chosen: dict[str, Any] = dict(
-            policies=POLICIES,
-            solvers={"ddim": ddim(4)},
-            num_images=6,
-            chunk=6,
-            metrics=[],
-            timing_images=0,
-            equal_macs=False,
-        )
-        config = EvaluationConfig(**{**chosen, **settings})
-        data = dataset(classes)
-        instruments = Instruments.prepare(config, data, None, torch.device("cpu"))
-        instruments.observer = Observer.of(instruments.metrics, classifier, {})
-        return Evaluator(config, sampler, instruments, data, torch.device("cpu"), tmp_path / "evaluation")
-
-    return make
-
-
-def rows(e: Evaluator) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in told(e)["rows"]}
-
-
-def told(e: Evaluator) -> dict[str, Any]:
-    return results(e, "runs/x", torch.float32, None)
-
+from .evaluations import DEPTH, EIGHT, POLICIES, SKIP, Make, Stub, ddim, rows, told
 
 # Best ----------------------------------------------------------------------------------------------------------------
 
@@ -402,119 +291,6 @@ def test_references_that_nobody_would_read_are_refused(evaluator: Make, metrics:
 def test_everything_is_checked_before_the_first_image(evaluator: Make) -> None:
     with pytest.raises(UsageError, match="asks for depth 9"):
         evaluator(policies={**POLICIES, "deep": {"_target_": "gearshift.policies.FixedDepth", "depth": 9}})
-
-
-# Work that is there already ------------------------------------------------------------------------------------------
-
-EIGHT = dict(num_images=8, chunk=4, policies={"depth 2": POLICIES["depth 2"], "skip": SKIP}, metrics=["fd@random_conv"])
-
-
-@pytest.fixture
-def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """(policy, first index) of every chunk that is really sampled."""
-    found: list[tuple[str, int]] = []
-
-    def counting(sampler: Sampler, index: Tensor, table: Any, **options: Any) -> Any:
-        found.append((sampler.policy.name, int(index[0])))
-        return sample_chunk(sampler, index, table, **options)
-
-    monkeypatch.setattr(evaluate, "sample_chunk", counting)
-    return found
-
-
-def test_a_second_run_samples_nothing_and_says_the_same(evaluator: Make, sampled: list[tuple[str, int]]) -> None:
-    first = evaluator(**EIGHT)
-    first.run()
-    assert len(sampled) == 6
-    sampled.clear()
-    second = evaluator(**EIGHT)
-    second.run()
-    assert sampled == []
-    assert told(first) == told(second)
-
-
-def test_only_what_is_missing_or_broken_is_made_again(evaluator: Make, sampled: list[tuple[str, int]]) -> None:
-    first = evaluator(**EIGHT)
-    first.run()
-    row = next(row for row in first.planned if row.name == "depth 2")
-    path = first.shards(row).path(1)
-    path.write_bytes(path.read_bytes()[:100])
-    sampled.clear()
-    again = evaluator(**EIGHT)
-    again.run()
-    assert sampled == [(row.sampler.policy.name, 4)]
-    assert told(first) == told(again)
-
-
-def test_more_images_and_more_rows_go_on_from_what_is_there(evaluator: Make, sampled: list[tuple[str, int]]) -> None:
-    evaluator(**EIGHT).run()
-    sampled.clear()
-    evaluator(**{**EIGHT, "num_images": 12}).run()
-    assert sorted(first for _, first in sampled) == [8, 8, 8]
-    sampled.clear()
-    policies = {**EIGHT["policies"], "depth 3": POLICIES["depth 3"]}  # type: ignore[dict-item]
-    evaluator(**{**EIGHT, "policies": policies}).run()
-    assert {first for _, first in sampled} == {0, 4} and len({name for name, _ in sampled}) == 1
-
-
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"guidance": 2.0}, {"labels": "uniform"}, {"solvers": {"ddim": ddim(5)}}]
-)
-def test_what_decides_the_images_makes_them_anew(
-    evaluator: Make, sampled: list[tuple[str, int]], change: dict[str, Any]
-) -> None:
-    evaluator(classes=True, **EIGHT).run()
-    sampled.clear()
-    evaluator(classes=True, **{**EIGHT, **change}).run()
-    assert len(sampled) == 6
-
-
-def test_other_weights_are_other_work(evaluator: Make, sampled: list[tuple[str, int]]) -> None:
-    evaluator(**EIGHT).run()
-    sampled.clear()
-    evaluator(inert_end=True, **EIGHT).run()
-    assert len(sampled) == 6
-
-
-def test_the_report_says_which_weights_it_is_of(evaluator: Make) -> None:
-    e = evaluator(**EIGHT)
-    e.run()
-    first, raw = told(e)["protocol"], results(e, "runs/x", torch.float32, None, ema=False)["protocol"]
-    assert (first["ema"], raw["ema"]) == (True, False)
-    e = evaluator(**EIGHT, inert_end=True)
-    e.run()
-    assert told(e)["protocol"]["weights"] != first["weights"]
-    assert first["weights"].startswith("sha256 ")
-
-
-def test_shards_are_removed_on_request_and_samples_kept(evaluator: Make, tmp_path: Path) -> None:
-    e = evaluator(**EIGHT, classes=True, keep_shards=False, keep_samples="npz")
-    e.run()
-    folder = tmp_path / "evaluation"
-    assert not (folder / "shards").exists()
-    with np.load(folder / "samples" / "depth-2.npz") as kept:
-        assert np.array_equal(kept["arr_0"], e.rows["depth 2"].images.transpose(0, 2, 3, 1))
-        assert kept["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-
-
-def test_samples_as_pictures(evaluator: Make, tmp_path: Path) -> None:
-    from PIL import Image
-
-    e = evaluator(**{**EIGHT, "start": 3}, keep_samples="png")
-    e.run()
-    files = sorted((tmp_path / "evaluation" / "samples" / "full").iterdir())
-    assert [file.name for file in files] == [f"{index:06d}.png" for index in range(3, 11)]
-    assert np.array_equal(np.asarray(Image.open(files[5])), e.rows["full"].images[5, 0])
-
-
-def test_a_folder_of_pictures_holds_this_evaluation_and_nothing_else(evaluator: Make, tmp_path: Path) -> None:
-    """Images of an earlier, larger evaluation among them would give another FID."""
-    folder = tmp_path / "evaluation" / "samples" / "full"
-    evaluator(**{**EIGHT, "num_images": 12}, keep_samples="png").run()
-    assert len(list(folder.iterdir())) == 12
-    (folder / "notes.txt").write_text("mine")
-    evaluator(**{**EIGHT, "start": 3}, keep_samples="png").run()
-    assert sorted(file.name for file in folder.iterdir()) == [*(f"{k:06d}.png" for k in range(3, 11)), "notes.txt"]
 
 
 # Processes, chunks, repeats ------------------------------------------------------------------------------------------
