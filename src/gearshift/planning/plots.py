@@ -131,5 +131,5 @@ def _losses(axes: Axes, losses: Mapping[str, tuple[float, float | None]]) -> Non
     axes.set_yticks(range(len(names)), [textwrap.fill(name, 22) for name in wrapped])
     values = [measured for measured, _ in finite.values()]
     if values:
-        axes.set_xlim(max(0.0, min(values) - 8), max(values) + 5)
+        axes.set_xlim(0.0, 1.15 * max(values))  # bars stand on zero
     axes.set_xlabel("PSNR to full compute [dB]")
