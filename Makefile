@@ -1,6 +1,7 @@
 # make demo      set up, train the default run on real handwritten digits, compare policies, print the table
 # make test      set up and run the fast tests            make test-all  these and the slow ones
 # make check     lint, format, types                      make gpu       GPU tests and a short benchmark
+# make test-diffusers   the tests of pipelines against another release of diffusers (DIFFUSERS=0.41.0)
 # make clean     remove what builds and tests leave (runs and the environment stay)
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment (3.11 to 3.13).
@@ -14,7 +15,7 @@ unexport HYDRA_FULL_ERROR
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all check gpu clean
+.PHONY: setup demo test test-all test-diffusers check gpu clean
 
 setup: .venv/.stamp
 
@@ -38,6 +39,12 @@ test: setup
 # TESTED=1 leaves out the fast tests where `make test` has just run.
 test-all: $(if $(TESTED),setup,test)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# In a folder of its own, so that the environment stays as it is.
+DIFFUSERS ?= 0.41.0
+test-diffusers: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .venv/diffusers-$(DIFFUSERS) diffusers==$(DIFFUSERS)
+	PYTHONPATH=.venv/diffusers-$(DIFFUSERS) $(BIN)/python -m pytest tests/integrations
 
 check: setup
 	$(BIN)/ruff check .

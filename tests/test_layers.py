@@ -17,6 +17,7 @@ LAYERS = [
     {"policies", "objectives"},
     {"sampling"},
     {"assembly"},
+    {"integrations"},
     {"training", "evaluation", "stages", "planning"},
     {"api"},
     {"verbs"},

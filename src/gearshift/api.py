@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from gearshift.assembly import build_denoiser, build_policy, build_solver, device_of, dtype_of
 from gearshift.backbones.null_context import NullContext
@@ -25,20 +24,14 @@ from gearshift.runtime import config
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.run import RunFolder
 from gearshift.sampling.ledger import LedgerData
-from gearshift.sampling.loop import Sampler, sample
+from gearshift.sampling.loop import Sampler, Samples, sample
 from gearshift.sampling.prompts import Prompts
+
+if TYPE_CHECKING:
+    from gearshift.integrations.diffusers.loaded import LoadedPipeline
 
 PolicyLike = Policy | DictConfig | Mapping[str, Any] | str
 SolverLike = Solver | DictConfig | Mapping[str, Any] | str
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Images uint8 [n, C, H, W], labels int64 [n] or None, and the ledger of what they took."""
-
-    images: Tensor
-    labels: Tensor | None
-    ledger: LedgerData
 
 
 @dataclass(frozen=True)
@@ -87,6 +80,13 @@ class LoadedRun:
         compile_blocks(self.denoiser.network, mode)
         return self
 
+    is_pipeline: ClassVar[bool] = False
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether images are made from prompts."""
+        return self.denoiser.network.cond_kind == "text"
+
     def to_pixels(self) -> ToPixels:
         """How samples become images: latents are decoded by the autoencoder that their data set names.
 
@@ -127,7 +127,26 @@ class LoadedRun:
         )
 
 
-def load(run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto", compile: bool = False) -> LoadedRun:
+def load(
+    run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto", compile: bool = False
+) -> LoadedRun | LoadedPipeline:
+    """What is in a run folder: `load_run`, or a pipeline that was imported.
+
+    Raises:
+        UsageError, RunError: no run there, no checkpoint yet, one that does not fit, or a pipeline that is gone.
+    """
+    folder = RunFolder.open(run)
+    if not folder.config.get("pipeline"):
+        return load_run(run, ema=ema, device=device, compile=compile)
+    from gearshift.integrations.diffusers.loaded import LoadedPipeline  # diffusers takes seconds to import
+
+    loaded = LoadedPipeline.open(folder, device)
+    return loaded.compile() if compile else loaded
+
+
+def load_run(
+    run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto", compile: bool = False
+) -> LoadedRun:
     """The run in the folder `run`, with its averaged weights (`ema`) or the trained ones; `compile` compiles its blocks
     one by one when they are first called.
 
@@ -138,6 +157,11 @@ def load(run: str | os.PathLike[str], *, ema: bool = True, device: str = "auto",
 
     folder = RunFolder.open(run)
     cfg = folder.config
+    if cfg.get("pipeline"):
+        raise UsageError(
+            f"{folder.path} is the pipeline {cfg.pipeline} of diffusers, whose networks are not made of our blocks; "
+            "only sample, evaluate and plan take it"
+        )
     denoiser = build_denoiser(cfg)
     load_strict(denoiser.network, load_weights(folder, ema=ema), folder.checkpoints)
     null = NullContext.load(folder.path)

@@ -20,6 +20,11 @@ class ToPixels:
 
     decoder: Autoencoder | None = None
 
+    @property
+    def samples_pixels(self) -> bool:
+        """Whether samples are images themselves, within [-1, 1]."""
+        return self.decoder is None
+
     def __call__(self, samples: Tensor) -> Tensor:
         return to_u8(samples) if self.decoder is None else decode(samples, self.decoder)
 

@@ -33,12 +33,11 @@ from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.evaluation.shards import Shards
 from gearshift.evaluation.speed import SpeedSettings, measure_scaling, measure_speed, saving_realised
 from gearshift.evaluation.weights import weights_digest
-from gearshift.execution.cost import CostTable
 from gearshift.runtime import peers
 from gearshift.runtime.launch import is_main, rank, world_size
 from gearshift.runtime.progress import Progress, note
 from gearshift.sampling.ledger import LedgerData
-from gearshift.sampling.loop import Sampler, sample_chunk
+from gearshift.sampling.loop import Sampler
 
 SHOWN_IMAGES = 100
 # From here on metrics take long enough to be watched.
@@ -85,7 +84,7 @@ class Evaluator:
         self._make_sampler = make_sampler
         self.planned = plan_rows(settings, make_sampler)
         network = self.planned[0].sampler.denoiser.network
-        self.table = CostTable.measure(network)
+        self.table = self.planned[0].sampler.cost_table()
         self.weights = weights_digest(network)
         self._fulls = {row.name: row for row in self.planned if row.is_full}
         self._distances: list[tuple[Any, Sequence[Statistics]]] = []
@@ -145,7 +144,7 @@ class Evaluator:
         calls = len(row.sampler.calls())
         with Progress(len(todo) * calls, row.name, unit="calls") as progress:
             for number, index in todo:
-                chunk = sample_chunk(row.sampler, index, self.table, on_call=lambda _: progress.update(1))
+                chunk = row.sampler.generate(index, self.table, on_call=lambda _: progress.update(1))
                 images = self.to_pixels(chunk.images)
                 if row.is_full:
                     reference = images

@@ -24,8 +24,8 @@ class EvaluationConfig:
 
     Attributes:
         name: of the folder the report goes into.
-        policies: by name, policy nodes. A row of full compute is always there.
-        solvers: by name, solver nodes.
+        policies: by name, policy nodes; null leaves one out. A row of full compute is always there.
+        solvers: by name, solver nodes; null leaves one out.
         num_images: images of one repeat.
         repeats: disjoint index ranges of `num_images`, one after the other from `start`; from 2 on every quality is a
             mean with its standard deviation over them.
@@ -79,6 +79,9 @@ class EvaluationConfig:
     tolerance: float = 3.0
 
     def __post_init__(self) -> None:
+        # Null takes away what another file has put there.
+        self.policies = {name: node for name, node in self.policies.items() if node is not None}
+        self.solvers = {name: node for name, node in self.solvers.items() if node is not None}
         if not self.solvers:
             raise UsageError("evaluation.solvers is empty; name at least one solver")
         least = {"num_images": 2, "repeats": 1, "start": 0, "chunk": 1, "timing_images": 0, "timing_rounds": 1}

@@ -22,7 +22,7 @@ from gearshift.execution.cost import CostTable
 from gearshift.runtime import peers
 from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.launch import is_main, world_size
-from gearshift.sampling.loop import Sampler, sample_chunk
+from gearshift.sampling.loop import Sampler
 
 CondOf = Callable[[Tensor], Tensor | None]
 """Conditioning of image indices int64 [B], where it is not the sampler's own."""
@@ -235,7 +235,7 @@ class _Measure:
 def _generate(sampler: Sampler, first: int, size: int, table: CostTable, cond: CondOf | None = None) -> float:
     index = torch.arange(first, first + size, device=sampler.device)
     given = None if cond is None else cond(index)
-    return sample_chunk(replace(sampler, chunk=size), index, table, cond=given).ledger.macs_per_image
+    return replace(sampler, chunk=size).generate(index, table, cond=given).ledger.macs_per_image
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -64,6 +64,10 @@ class CostTable:
             cond: conditioning of one row ([1] labels or [1, L, D] text); None takes the backbone's own kind with the
                 shapes it declares.
         """
+        own = getattr(backbone, "measure_costs", None)
+        if own is not None:  # networks that are not made of our blocks
+            table: CostTable = own()
+            return table
         twin = meta_twin(backbone)
         meta_cond = twin.example_cond(1) if cond is None else cond.to("meta")
         entries: dict[tuple[str, int, int, str], Cost] = {}

@@ -30,7 +30,8 @@ class AttentionShape:
 def parts_of(network: Network) -> Mapping[Key, Shapes]:
     """Shapes of what one row leaves under each (block, part), found by running the network on the meta device once.
 
-    Every block has the part "block"; "qk", "map" and "output" are there where the block has attention.
+    Every block has the part "block"; "qk", "map" and "output" are there where the block has attention. Networks that
+    are not made of our blocks `declare` theirs.
     """
     if network not in _known:
         found: dict[Key, Shapes] = {}
@@ -40,6 +41,11 @@ def parts_of(network: Network) -> Mapping[Key, Shapes]:
                 _walk(twin, path, found)
         _known[network] = found
     return _known[network]
+
+
+def declare(network: Network, parts: Mapping[Key, Shapes]) -> None:
+    """Say what a network leaves behind that `parts_of` cannot run; shapes may be empty as long as they are unknown."""
+    _known[network] = parts
 
 
 def _walk(twin: Network, path: int, found: dict[Key, Shapes]) -> None:
@@ -62,11 +68,15 @@ def _walk(twin: Network, path: int, found: dict[Key, Shapes]) -> None:
 
 
 def attention_of(network: Network) -> dict[int, tuple[AttentionShape, ...]]:
-    """Attention operators of every block that has any."""
+    """Attention operators of every block that has any; no shapes where queries and keys cannot be told apart."""
+    parts = parts_of(network)
     return {
-        block: tuple(AttentionShape(shape[-2], shape[-3], shape[-1]) for shape in shapes[::2])  # q, k, q, k, ...
-        for (block, part), shapes in parts_of(network).items()
-        if part == "qk"
+        block: tuple(
+            AttentionShape(shape[-2], shape[-3], shape[-1])
+            for shape in parts.get((block, "qk"), ())[::2]  # q, k, ...
+        )
+        for block, part in parts
+        if part == "output"
     }
 
 

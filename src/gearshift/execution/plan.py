@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # What a reused block still computes shrinks from left to right; where two policies ask for different parts of one
 # block, the one that computes least wins, because its result already contains the other's.
 PARTS = ("qk", "map", "output", "block")
+KINDS = ("self", "cross")
+"""Of attention. A part that is named with its kind ("cross.output") is taken in the operators of that kind alone."""
+SCOPED = tuple(f"{kind}.{part}" for kind in KINDS for part in PARTS[:-1])
 
 
 class ExitRule(Protocol):
@@ -46,7 +49,7 @@ class StepPlan:
         depth: read out after this many blocks; None is all of them; int or int64 [R].
         exit: rule looked at after each block that lets rows leave before `depth`.
         bypass: blocks that are dropped, by index: for all rows, or block to bool [R] for the rows that drop it.
-        reuse: pairs (block, part) taken from memory, part one of `PARTS`.
+        reuse: pairs (block, part) taken from memory, part one of `PARTS` or `SCOPED`.
         forecast: what rows that are not called take for the prediction: their last one (0), or the line through their
             last two, in sigma / alpha (1).
         taps: depths that are read out as well (training, analysis).
@@ -70,7 +73,7 @@ class StepPlan:
             for block, rows in self.bypass.items():
                 if rows.device.type not in ("cpu", "meta"):
                     raise ValueError(f"StepPlan.bypass[{block}] is decided on the host but lies on {rows.device}")
-        unknown = {part for _, part in self.reuse} - set(PARTS)
+        unknown = {part for _, part in self.reuse} - {*PARTS, *SCOPED}
         if self.forecast not in (0, 1):
             raise ValueError(
                 f"StepPlan.forecast={self.forecast}; 0 holds the last prediction, 1 extrapolates the last two"
@@ -87,9 +90,14 @@ class StepPlan:
         return dropped if some and not every else some
 
     def reused_part(self, block: int) -> str | None:
-        """The part of `block` taken from memory, or None."""
-        best = max((PARTS.index(part) for index, part in self.reuse if index == block), default=-1)
-        return PARTS[best] if best >= 0 else None
+        """The part of `block` taken from memory, or None; "self.A+cross.B" where its kinds of attention differ."""
+        asked = [part for index, part in self.reuse if index == block]
+        if not asked:
+            return None
+        taken = {kind: strongest(asked, kind) for kind in KINDS}
+        if len(set(taken.values())) == 1:
+            return taken["self"]
+        return "+".join(f"{kind}.{part}" for kind, part in taken.items() if part is not None)
 
     def key(self) -> tuple[Any, ...] | None:
         """Equal for plans that compute the same; None where a rule decides, which is like no other."""
@@ -108,6 +116,12 @@ def _hashable(value: Any) -> Any:
 
 
 FULL = StepPlan()
+
+
+def strongest(asked: Iterable[str], kind: str) -> str | None:
+    """What is taken in attention of a kind where `asked` names parts of its block: the one that computes least."""
+    parts = [part for name in asked if (part := name.removeprefix(f"{kind}.")) in PARTS]
+    return max(parts, key=PARTS.index, default=None)
 
 
 def _all(a: bool | Tensor, b: bool | Tensor) -> bool | Tensor:

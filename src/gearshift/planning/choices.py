@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gearshift.execution.memory import Key
 from gearshift.execution.network import Network
-from gearshift.execution.parts import attention_of
+from gearshift.execution.parts import attention_of, parts_of
 from gearshift.execution.plan import StepPlan
 from gearshift.policies import Planned
 from gearshift.policies.base import RunInfo
@@ -77,12 +77,13 @@ class Menu:
         reuse: list[frozenset[Key]] = [frozenset()]
         attending = sorted(attention_of(network))
         if "attention" in space and attending:
+            there = parts_of(network)
             for part in dict.fromkeys(("qk", operator)):
-                sets = [frozenset((b, part) for b in path if b in attending) for path in network.paths]
+                sets = [frozenset((b, part) for b in path if (b, part) in there) for path in network.paths]
                 reuse += [taken for taken in dict.fromkeys(sets) if taken]
         if "blocks" in space:
             last = {path[-1] for path in network.paths}
-            blocks = sorted({block for path in network.paths for block in path} - last)
+            blocks = sorted({b for path in network.paths for b in path if (b, "block") in parts_of(network)} - last)
             reuse += [frozenset({(block, "block")}) for block in blocks]
         fewer = tuple(range(branches, 0, -1)) if "branches" in space else (branches,)
         found = cls(fewer, tuple(depths), tuple(reuse), "steps" in space)

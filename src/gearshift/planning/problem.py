@@ -19,7 +19,7 @@ from gearshift.execution.parts import kept_bytes
 from gearshift.execution.plan import StepPlan
 from gearshift.planning.choices import Choice, Menu, Schedule
 from gearshift.sampling.loop import Sampler
-from gearshift.sampling.stepping import Point, Stepper
+from gearshift.sampling.stepping import Point
 
 CACHE_BYTES = 2**30
 """What the prefix cache may hold of one schedule; three are held at a time."""
@@ -65,7 +65,7 @@ class Problem:
         on_step: Callable[[], None] | None = None,
     ) -> None:
         self.sampler, self.table, self.clip = sampler, table, clip
-        self.stepper = Stepper(sampler, index, sampler.cond(index), keys, keep_earlier=True)
+        self.stepper = sampler.stepper(index, keys)
         self.run, self.calls = self.stepper.run, self.stepper.calls
         network = self.run.network
         levels = torch.tensor([call.log_snr for call in self.calls], dtype=torch.float64)
@@ -153,18 +153,13 @@ class Problem:
 
     def _finish(self, schedule: Schedule, points: dict[int, Point]) -> Tensor:
         """Images of a schedule from the last of `points`, which are its own; those on the way are added."""
-        start = max(points)
-        point = points[start].fork()
-        with torch.inference_mode():
-            for position in range(start, len(self.calls)):
-                if position % self._stride == 0:
-                    points.setdefault(position, point.fork())
-                call = self.calls[position]
-                point, _, _ = self.stepper.step(point, call, schedule[position].plan(self.run))
-                self.steps_made += 1
-                if self._on_step is not None:
-                    self._on_step()
-            return self.sampler.solver.result(point.solved)
+        plans = [choice.plan(self.run) for choice in schedule]
+        return self.stepper.finish(plans, points, self._stride, self._count)
+
+    def _count(self) -> None:
+        self.steps_made += 1
+        if self._on_step is not None:
+            self._on_step()
 
     def error(self, images: Tensor) -> Tensor:
         """Difference to full compute, [n, C, H, W]."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from gearshift.planning.choices import Choice, Menu, Schedule
 from gearshift.planning.kept import KeptResponses
 from gearshift.planning.problem import Problem
+from gearshift.policies.adaptive_skip import place
 
 Key = tuple[int, Choice, int]
 """Position, what the call computes, and how many calls after it are skipped; the choice says whether they forecast."""
@@ -192,7 +193,9 @@ def measure_responses(
     keys = tried(problem, menu, longest)
     gram = _gram(problem, keys, menu.full, on_done, kept) if kept is None or kept.gram is None else kept.gram
     calls = problem.calls
-    ends = [call.sigma / call.alpha for call in calls] + [calls[-1].next_sigma / calls[-1].next_alpha]
+    run = problem.run
+    ends = [place(run, call.alpha, call.sigma) for call in calls]
+    ends.append(place(run, calls[-1].next_alpha, calls[-1].next_sigma))
     paths = tuple(problem.run.network.paths[path] for path in problem.paths)
     # What changes nothing has no row of its own: full compute at a call.
     number = {key: row for row, key in enumerate(keys)}

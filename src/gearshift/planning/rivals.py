@@ -22,7 +22,7 @@ from gearshift.policies.base import RunInfo
 from gearshift.runtime.errors import UsageError
 from gearshift.sampling.costs import macs_of
 from gearshift.sampling.fewer_steps import at_most, other_grid
-from gearshift.sampling.loop import Sampler, sample_chunk
+from gearshift.sampling.loop import Sampler
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rival:
 
 def images_of(sampler: Sampler, index: Tensor, table: CostTable) -> tuple[Tensor, float]:
     """Images [n, C, H, W] of `index`, and MACs per image."""
-    chunk = sample_chunk(replace(sampler, chunk=len(index)), index, table)
+    chunk = replace(sampler, chunk=len(index)).generate(index, table)
     return chunk.images, chunk.ledger.macs_per_image
 
 

@@ -40,6 +40,14 @@ DECISIONS = ("batch_mean", "batch_any", "per_sample")
 OFFICIAL_WARMUP = 4
 
 
+def place(run: RunInfo, alpha: float, sigma: float) -> float:
+    """The variable along which what is held is the slope of x: of eps in x_0 + s eps, of a velocity in (1 - sigma) x_0
+    + sigma eps, of v in alpha x_0 + sigma eps (arXiv 2202.00512, appendix D)."""
+    if run.held == "velocity":
+        return sigma
+    return math.atan2(sigma, alpha) if run.held == "v" else sigma / alpha
+
+
 @dataclass(frozen=True)
 class SkipState:
     """What a run has shown so far; the host's tensors have an entry per group, which is the batch or each sample.
@@ -201,10 +209,8 @@ class AdaptiveSkip(Policy):
         called = prediction.called.reshape(state.run.branches, state.run.batch)[: prediction.branches].all(0)
         if not bool(called.any()):
             return state
-        eps, ratio = (
-            prediction.eps.float(),
-            torch.full((state.run.batch,), call.sigma / call.alpha, dtype=torch.float64),
-        )
+        eps = prediction.eps.float()
+        ratio = torch.full((state.run.batch,), place(state.run, call.alpha, call.sigma), dtype=torch.float64)
         if bool(called.all()) or not state.predictions:
             return replace(state, ratios=(*state.ratios, ratio)[-2:], predictions=(*state.predictions, eps)[-2:])
         mine = to_device(called, eps.device).view(-1, *[1] * (eps.ndim - 1))
@@ -239,11 +245,14 @@ class AdaptiveSkip(Policy):
 
     def _error(self, state: SkipState, following: Call, x: Tensor) -> Tensor:
         """The estimated error over what is tolerated, times the threshold, so that it is compared with it."""
-        stop = following.next_sigma / following.next_alpha
+        stop = place(state.run, following.next_alpha, following.next_sigma)
         reach = 0.5 * (stop - state.ratios[1]) ** 2 / (state.ratios[1] - state.ratios[0]).abs()
         moved = (state.predictions[1] - state.predictions[0]).square().flatten(1).mean(1)
-        # In the frame x_0 + s eps, wherever the solver steps.
-        clean = x if state.run.sigma_frame else x / following.alpha
+        # In the frame in which what is held is the slope of x, wherever the solver steps.
+        if state.run.held == "eps":
+            clean = x if state.run.sigma_frame else x / following.alpha
+        else:
+            clean = x * following.alpha if state.run.sigma_frame else x
         size = clean.float().square().flatten(1).mean(1)
         factor: float | Tensor
         if self.decision == "batch_mean":

@@ -21,6 +21,8 @@ class RunInfo:
     Attributes:
         sigma_frame: the solver steps in x_0 + (sigma / alpha) eps, and not in alpha x_0 + sigma eps as x is shown.
         backend: the kind of the network's device, "cpu" or "cuda".
+        held: what a skipped call holds, "eps"; elsewhere than in our own sampler also "velocity" (of flow matching,
+            along sigma with alpha = 1 - sigma) or "v" (arXiv 2202.00512, along the angle of alpha and sigma).
     """
 
     calls: tuple[Call, ...]
@@ -29,6 +31,7 @@ class RunInfo:
     branches: int
     sigma_frame: bool = False
     backend: str = "cpu"
+    held: str = "eps"
 
     @property
     def num_rows(self) -> int:
@@ -72,8 +75,12 @@ class Policy:
     def forecasts(self) -> bool:
         return False
 
+    def fits(self, network: Network) -> None:
+        """Raises UsageError where the policy does not fit the network, whatever the calls."""
+
     def check(self, run: RunInfo) -> None:
         """Raises UsageError where the policy does not fit the network or the calls."""
+        self.fits(run.network)
 
     def begin(self, run: RunInfo) -> Any:
         """State of a new run."""

@@ -65,8 +65,7 @@ class BypassSchedule(Policy):
             for count in self.dropped
         ]
 
-    def check(self, run: RunInfo) -> None:
-        network = run.network
+    def fits(self, network: Network) -> None:
         fewest = min(sum(block in network.pops for block in path) for path in network.paths)
         if fewest == 0:
             raise UsageError(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gearshift.diffusion.solvers.base import Call
+from gearshift.execution.network import Network
 from gearshift.execution.plan import StepPlan, join
 from gearshift.policies.base import Observed, Policy, RunInfo
 from gearshift.runtime.config import build
@@ -53,6 +54,10 @@ class Compose(Policy):
     @property
     def name(self) -> str:
         return " + ".join(part.name for part in self.parts)
+
+    def fits(self, network: Network) -> None:
+        for part in self.parts:
+            part.fits(network)
 
     def check(self, run: RunInfo) -> None:
         for part in self.parts:

@@ -39,9 +39,12 @@ class DeepFeatureReuse(ScheduledReuse):
     def name(self) -> str:
         return f"deep features {self.when}, branch {self.branch}"
 
+    def fits(self, network: Network) -> None:
+        self.blocks_on(network)
+
     def check(self, run: RunInfo) -> None:
         self.check_calls(run)
-        self.blocks_on(run.network)
+        self.fits(run.network)
 
     def blocks_on(self, network: Network) -> frozenset[int]:
         """The block, one per path, whose output is taken from memory.

@@ -73,8 +73,8 @@ class ExitSchedule(Policy):
             return list(self.depths)
         return [max(scaled(depth, self.of, blocks), 1) for depth in self.depths]
 
-    def check(self, run: RunInfo) -> None:
-        check_depths(run.network, self.depths_on(run.network), "policy ExitSchedule")
+    def fits(self, network: Network) -> None:
+        check_depths(network, self.depths_on(network), "policy ExitSchedule")
 
     def plan(self, state: RunInfo, call: Call) -> StepPlan:
         return StepPlan(depth=self.depths_on(state.network)[self.bins.of(call.training_index, call.log_snr)])

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from gearshift.diffusion.solvers.base import Call
+from gearshift.execution.network import Network
 from gearshift.execution.parts import parts_of
-from gearshift.execution.plan import PARTS, StepPlan
+from gearshift.execution.plan import PARTS, SCOPED, StepPlan
 from gearshift.policies.base import Policy, RunInfo, check_depths
 from gearshift.runtime import config
 from gearshift.runtime.errors import UsageError
 
+AGAIN = "make a plan for this run (gearshift plan)"
 SAME_LEVEL = 1e-4
 """Difference of log-SNR up to which two calls are at one noise level."""
 
@@ -68,7 +70,7 @@ class Planned(Policy):
             raise UsageError(f"policy Planned: call={wrong} branches, but it is a plan for {self.branches}")
         if self.call[0] != self.branches:
             raise UsageError("policy Planned: the first call must evaluate every branch; there is nothing to hold yet")
-        parts = sorted({part for taken in self.reuse for part in taken.values()} - set(PARTS))
+        parts = sorted({part for taken in self.reuse for part in taken.values()} - {*PARTS, *SCOPED})
         if parts:
             raise UsageError(f"policy Planned reuses {parts}; the parts are {', '.join(PARTS)}")
         if self.reuse[0]:
@@ -108,39 +110,41 @@ class Planned(Policy):
     def forecasts(self) -> bool:
         return any(self.forecast)
 
-    def check(self, run: RunInfo) -> None:
-        again = "make a plan for this run (gearshift plan)"
-        if (run.network.name, len(run.network.blocks)) != (self.network, self.blocks):
+    def fits(self, network: Network) -> None:
+        if (network.name, len(network.blocks)) != (self.network, self.blocks):
             raise UsageError(
                 f"policy Planned was made for {self.network} with {self.blocks} blocks, and this run has "
-                f"{run.network.name} with {len(run.network.blocks)}; {again}"
+                f"{network.name} with {len(network.blocks)}; {AGAIN}"
             )
+        check_depths(network, sorted(set(self.depth) - {0}), "policy Planned")
+        there = parts_of(network)
+        for taken in self.reuse:
+            for key in taken.items():
+                if key not in there:
+                    raise UsageError(
+                        f"policy Planned takes {key[1]} of block {key[0]} from memory, which {network.name} lacks; "
+                        f"{AGAIN}"
+                    )
+
+    def check(self, run: RunInfo) -> None:
+        self.fits(run.network)
         if len(run.calls) != len(self.call):
             raise UsageError(
                 f"policy Planned was made for {len(self.call)} calls of {self.solver}, and this run has "
-                f"{len(run.calls)}; take the same solver and steps, or {again}"
+                f"{len(run.calls)}; take the same solver and steps, or {AGAIN}"
             )
         for position, (call, level) in enumerate(zip(run.calls, self.log_snr, strict=True)):
             if abs(call.log_snr - level) > SAME_LEVEL * max(1.0, abs(level)):
                 raise UsageError(
                     f"policy Planned was made for calls of {self.solver}, call {position} at log-SNR {level:.4g}, and "
-                    f"this run has it at {call.log_snr:.4g}; take the same solver, spacing and process, or {again}"
+                    f"this run has it at {call.log_snr:.4g}; take the same solver, spacing and process, or {AGAIN}"
                 )
         if run.branches != self.branches:
             guided = {1: "without guidance", 2: "with guidance"}
             raise UsageError(
                 f"policy Planned was made {guided.get(self.branches)} ({self.branches} branches), and this run is "
-                f"{guided.get(run.branches)} ({run.branches}); {again}"
+                f"{guided.get(run.branches)} ({run.branches}); {AGAIN}"
             )
-        check_depths(run.network, sorted(set(self.depth) - {0}), "policy Planned")
-        there = parts_of(run.network)
-        for taken in self.reuse:
-            for key in taken.items():
-                if key not in there:
-                    raise UsageError(
-                        f"policy Planned takes {key[1]} of block {key[0]} from memory, which {run.network.name} lacks; "
-                        f"{again}"
-                    )
 
     def plan_of(self, position: int, batch: int) -> StepPlan:
         """What call `position` computes, for a batch of so many samples."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gearshift.diffusion.solvers.base import Call
+from gearshift.execution.network import Network
 from gearshift.execution.plan import FULL, StepPlan
 from gearshift.policies.base import Policy, RunInfo, check_depths
 from gearshift.runtime.errors import UsageError
@@ -26,8 +27,8 @@ class FixedDepth(Policy):
     def name(self) -> str:
         return f"depth {self.depth}"
 
-    def check(self, run: RunInfo) -> None:
-        check_depths(run.network, [self.depth], f"policy FixedDepth(depth={self.depth})")
+    def fits(self, network: Network) -> None:
+        check_depths(network, [self.depth], f"policy FixedDepth(depth={self.depth})")
 
     def plan(self, state: Any, call: Call) -> StepPlan:
         return StepPlan(depth=self.depth)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gearshift.diffusion.solvers.base import Call
 from gearshift.execution.exits import ExitView
+from gearshift.execution.network import Network
 from gearshift.execution.plan import StepPlan
 from gearshift.policies.base import Policy, RunInfo, check_depths
 from gearshift.runtime.errors import UsageError
@@ -101,14 +102,14 @@ class UncertaintyExit(Policy):
     def name(self) -> str:
         return f"uncertainty < {self.threshold:g}"
 
-    def check(self, run: RunInfo) -> None:
-        if not run.network.has_uncertainty:
+    def fits(self, network: Network) -> None:
+        if not network.has_uncertainty:
             raise UsageError(
-                f"policy UncertaintyExit needs uncertainty heads, and this {run.network.name} has none; "
+                f"policy UncertaintyExit needs uncertainty heads, and this {network.name} has none; "
                 "train with exits.uncertainty=pixel_map or token_mean"
             )
         if self.depths is not None:
-            check_depths(run.network, self.depths, "policy UncertaintyExit")
+            check_depths(network, self.depths, "policy UncertaintyExit")
 
     def plan(self, state: RunInfo, call: Call) -> StepPlan:
         allowed = None if self.depths is None else frozenset(self.depths)

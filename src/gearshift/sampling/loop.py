@@ -12,6 +12,7 @@ from gearshift.backbones.base import check_text
 from gearshift.diffusion.denoiser import Denoiser, Prediction
 from gearshift.diffusion.solvers.base import Call, Solver
 from gearshift.execution.cost import CostTable
+from gearshift.execution.memory import Key
 from gearshift.execution.outputs import PACK, Packing
 from gearshift.policies.base import Policy, RunInfo
 from gearshift.runtime import keys
@@ -115,6 +116,26 @@ class Sampler:
             return index % network.num_classes
         return keys.integers(self.seed, "sample_label", index, 0, network.num_classes)
 
+    def cost_table(self) -> CostTable:
+        """Costs of the network."""
+        return CostTable.measure(self.denoiser.network)
+
+    def stepper(self, index: Tensor, keys: frozenset[Key]) -> Stepper:
+        """Takes the images `index` through schedules that may take `keys` from memory."""
+        return Stepper(self, index, self.cond(index), keys, keep_earlier=True)
+
+    def generate(
+        self,
+        index: Tensor,
+        table: CostTable,
+        *,
+        cond: Tensor | None = None,
+        on_call: Callable[[Call], None] | None = None,
+        on_prediction: Callable[[Call, Prediction], None] | None = None,
+    ) -> Chunk:
+        """`sample_chunk` of these images."""
+        return sample_chunk(self, index, table, cond=cond, on_call=on_call, on_prediction=on_prediction)
+
     def chunks(self, start: int, stop: int) -> list[Tensor]:
         """Chunks of one size that hold the image indices start..stop-1; the first and the last may reach beyond.
 
@@ -134,6 +155,15 @@ class Chunk:
     cond: Tensor | None
     ledger: LedgerData
     record: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images uint8 [n, C, H, W], labels int64 [n] or None, and the ledger of what they took."""
+
+    images: Tensor
+    labels: Tensor | None
+    ledger: LedgerData
 
 
 @torch.inference_mode()
@@ -193,10 +223,10 @@ def sample(
     The cut into chunks is the same for every number of ranks, so the images are too.
     """
     sampler.check()
-    table = CostTable.measure(sampler.denoiser.network) if table is None else table
+    table = sampler.cost_table() if table is None else table
     stop = start + num_images
     for index in sampler.chunks(start, stop)[rank::world_size]:
-        chunk = sample_chunk(sampler, index, table, on_call=on_call)
+        chunk = sampler.generate(index, table, on_call=on_call)
         first = int(index[0])
         kept = slice(max(start - first, 0), min(sampler.chunk, stop - first))
         cond = None if chunk.cond is None else chunk.cond[kept]

@@ -6,7 +6,7 @@ The loop of `sampling.loop` goes from first call to last; searches for plans go 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -123,6 +123,24 @@ class Stepper:
             switched=False if point.watch is None else point.watch.switched(plan, prediction, x.device),
         )
         return replace(point, solved=solved, held=prediction.held), x, prediction
+
+    def finish(
+        self, plans: Sequence[StepPlan], points: dict[int, Point], stride: int, on_step: Callable[[], None]
+    ) -> Tensor:
+        """Images [B, C, H, W] fp32 after all calls under `plans`.
+
+        Goes on from the last of `points`, which stand before the call of their number on the way of these plans; every
+        `stride`-th on the way is added to them.
+        """
+        start = max(points)
+        point = points[start].fork()
+        with torch.inference_mode():
+            for position in range(start, len(self.calls)):
+                if position % stride == 0:
+                    points.setdefault(position, point.fork())
+                point, _, _ = self.step(point, self.calls[position], plans[position])
+                on_step()
+            return self.sampler.solver.result(point.solved)
 
 
 def worth_storing(run: RunInfo, plans: Sequence[StepPlan]) -> list[frozenset[Key]] | None:

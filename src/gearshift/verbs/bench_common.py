@@ -64,7 +64,7 @@ class _Drawn:
 def denoiser_of(cfg: DictConfig, device: torch.device) -> Denoiser:
     """The run's network with its weights, or the one that is composed with random weights."""
     if cfg.run is not None:
-        return api.load(cfg.run, device=cfg.device, compile=cfg.compile).denoiser
+        return api.load_run(cfg.run, device=cfg.device, compile=cfg.compile).denoiser
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         denoiser = build_denoiser(cfg).to(device).eval().requires_grad_(False)

@@ -36,25 +36,32 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     from gearshift.evaluation.training_costs import TrainedBy
 
     settings = evaluation.config
-    loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
+    loaded: Any = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
     device = next(loaded.denoiser.parameters()).device
     source = loaded.config
     if cfg.data_path is not None:
         source = source.copy()
         OmegaConf.update(source, "data.path", cfg.data_path, force_add=True)
-    if not source.get("data"):
+    alone = loaded.is_pipeline and not source.get("data")
+    if not source.get("data") and not alone:
         raise UsageError(f"run={cfg.run} was imported without data=; evaluate needs the data to compare with")
 
-    prompts = None
-    if cfg.prompts is not None or loaded.denoiser.network.cond_kind == "text":
+    prompts: Any = None
+    if cfg.prompts is not None or loaded.takes_text:
         prompts = loaded.prompts(cfg.prompts or "data", source)
 
     def make(policy: Any, solver: Any, **fields: Any) -> Any:
         return loaded.sampler(policy, solver, precision=cfg.precision, prompts=prompts, **fields)
 
     plan_rows(settings, make)  # what cannot be is refused before a classifier is trained
-    data = pixels_behind(build_data(source, loaded.denoiser.network))
-    split = data.load(settings.split)
+    if alone:
+        _check_alone(settings, cfg.run)
+        from gearshift.integrations.diffusers.loaded import without_data
+
+        data, split = None, without_data(loaded.denoiser)
+    else:
+        data = pixels_behind(build_data(source, loaded.denoiser.network))
+        split = data.load(settings.split)
     folder = Path(cfg.out) if cfg.out is not None else loaded.folder.path / "evaluations" / settings.name
     _claim(folder)
     with _alone(folder):  # before the others may write into it
@@ -74,7 +81,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
             classifier,
             _overrides(),
             ema=cfg.ema,
-            trained=TrainedBy.of(loaded.config, loaded.denoiser.network, _images(loaded)),
+            trained=None if alone else TrainedBy.of(loaded.config, loaded.denoiser.network, _images(loaded)),
         )
         report = write_report(folder, found, pictures(evaluator))
         (folder / "ledgers").mkdir(exist_ok=True)
@@ -91,6 +98,16 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         print(f"left out: {missing['name']} ({missing['reason']})", file=sys.stderr)
     print(f"report: {report}", file=sys.stderr)
     return {"run": str(loaded.folder.path), "report": str(report), "rows": found["rows"]}
+
+
+def _check_alone(settings: Any, run: str) -> None:
+    """Raises UsageError where a metric asks for data that a pipeline does not come with."""
+    asking = [name for name in settings.metrics if name.partition("@")[0] != "lpips"]
+    if asking:
+        raise UsageError(
+            f"evaluation.metrics={asking} compare with data or labels, and run={run} was imported without data=; "
+            "import it with data=..., or take evaluation=pipeline"
+        )
 
 
 _claimed: set[tuple[str, Path]] = set()

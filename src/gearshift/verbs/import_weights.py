@@ -21,6 +21,11 @@ from gearshift.runtime.run import RunFolder, weights_hash
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
+    if (cfg.weights is None) == (cfg.pipeline is None):
+        both = "neither" if cfg.weights is None else f"weights={cfg.weights} and pipeline={cfg.pipeline}"
+        raise UsageError(f"import takes weights=FILE or pipeline=FOLDER (or an id on the hub), and got {both}")
+    if cfg.pipeline is not None:
+        return _pipeline(cfg)
     source = Path(cfg.weights)
     official = read_edm(source) if is_edm(source) else None
     if official is not None:
@@ -52,6 +57,39 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             folder.finish({"run": str(path), "imported": source.name})
     params = sum(p.numel() for p in network.parameters())
     return {"run": str(path), "params": params, "checkpoint": str(folder.checkpoints)}
+
+
+def _pipeline(cfg: DictConfig) -> dict[str, Any]:
+    """A run folder that names a pipeline of diffusers; its weights stay where they are."""
+    from gearshift.integrations.diffusers.model import PipelineModel, load_pipeline, pipeline_config
+
+    if cfg.out is not None:
+        raise UsageError(f"out={cfg.out} is for weights of EDM; a pipeline stays where it is")
+    plain = config.plain(cfg)
+    folder = Path(cfg.pipeline).expanduser()
+    stored = {
+        "name": cfg.name,
+        # A folder of this machine by its whole path, which holds from every working directory.
+        "pipeline": str(folder.resolve()) if folder.is_dir() else cfg.pipeline,
+        **{name: plain[name] for name in ("revision", "variant", "dtype", "call") if plain.get(name)},
+        **({"data": plain["data"]} if plain.get("data") else {}),
+    }
+    about = pipeline_config(stored)
+    model = PipelineModel(about, load_pipeline(about))
+    path = Path(cfg.runs_dir) / str(cfg.name) / weights_hash(stored, ())
+    run_folder = RunFolder.create(path, OmegaConf.create(stored))
+    with run_folder.lock():
+        if run_folder.result is None:
+            run_folder.finish({"run": str(path), "imported": cfg.pipeline})
+    network = model.network
+    return {
+        "run": str(path),
+        "pipeline": type(model.pipe).__name__,
+        "network": network.name,
+        "params": sum(p.numel() for p in network.parameters()),
+        "takes": model.takes,
+        "blocks": [block.name for block in network.blocks],
+    }
 
 
 def _described(cfg: DictConfig, official: EDMNetwork, source: Path) -> DictConfig:

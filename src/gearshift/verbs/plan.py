@@ -21,7 +21,6 @@ from omegaconf import DictConfig
 
 from gearshift import api
 from gearshift.assembly import build_policy, build_solver
-from gearshift.execution.cost import CostTable
 from gearshift.planning.choices import SPACES
 from gearshift.planning.planner import SEARCHES
 from gearshift.planning.problem import mean_squared_error, psnr
@@ -45,10 +44,16 @@ STARTS = ("even", "hurry")
 def run(cfg: DictConfig) -> dict[str, Any]:
     began = time.monotonic()
     _check(cfg)
-    loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
-    prompts = None
-    if cfg.prompts is not None or loaded.denoiser.network.cond_kind == "text":
-        prompts = loaded.prompts(cfg.prompts or "data")
+    loaded: Any = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
+    more: dict[str, Any] = {}
+    if cfg.prompts is not None or loaded.takes_text:
+        more["prompts"] = loaded.prompts(cfg.prompts or "data")
+    if loaded.is_pipeline:
+        more["latents"] = True
+        if cfg.unit != "macs":
+            raise UsageError(
+                f"unit={cfg.unit}: single calls of a pipeline cannot be timed by themselves; take unit=macs"
+            )
     sampler = loaded.sampler(
         "full",
         build_solver(cfg.solver),
@@ -59,11 +64,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         guidance_interval=interval(cfg.guidance_interval),
         labels=label_setting(cfg.labels),
         chunk=cfg.images,
-        prompts=prompts,
+        **more,
     )
     place = _place(cfg, loaded.folder.path)
     if cfg.get("policy"):
-        answer = _threshold(cfg, sampler, place, clip=loaded.to_pixels().decoder is None)
+        answer = _threshold(cfg, sampler, place, clip=loaded.to_pixels().samples_pixels)
     else:
         answer = Search(cfg, loaded, sampler, place).run()
     seconds = time.monotonic() - began
@@ -124,7 +129,7 @@ def _threshold(cfg: DictConfig, sampler: Sampler, place: Path, *, clip: bool) ->
     """The threshold of `policy` that meets the budget; images are compared within [-1, 1] with `clip`, latents as they
     are."""
     policy = build_policy(cfg.policy)
-    table = CostTable.measure(sampler.denoiser.network)
+    table = sampler.cost_table()
     index = torch.arange(cfg.images, device=sampler.device)
     full_images, full = images_of(sampler, index, table)
     replace(sampler, policy=policy).check()

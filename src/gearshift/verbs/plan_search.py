@@ -15,11 +15,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from gearshift import api
 from gearshift.assembly import build_policy
 from gearshift.evaluation.rows import code_digest, identity_of
 from gearshift.evaluation.weights import weights_digest
-from gearshift.execution.cost import CostTable
 from gearshift.planning import planner, rivals
 from gearshift.planning.choices import Choice, Menu, Schedule, as_policy, describe
 from gearshift.planning.kept import KeptResponses
@@ -32,7 +30,7 @@ from gearshift.runtime.errors import RunError, UsageError
 from gearshift.runtime.files import atomic_write
 from gearshift.runtime.progress import Progress, note
 from gearshift.sampling.costs import macs_of
-from gearshift.sampling.loop import Sampler, sample_chunk
+from gearshift.sampling.loop import Sampler
 from gearshift.verbs.plan_files import plan_text
 from gearshift.verbs.plan_timing import TimedCosts, ms_per_image
 
@@ -65,15 +63,17 @@ class Search:
         place: file of the plan; the picture goes beside it.
     """
 
-    def __init__(self, cfg: DictConfig, loaded: api.LoadedRun, sampler: Sampler, place: Path) -> None:
+    def __init__(self, cfg: DictConfig, loaded: Any, sampler: Sampler, place: Path) -> None:
         self.cfg, self.loaded, self.sampler, self.place = cfg, loaded, sampler, place
         self.network = sampler.denoiser.network
-        self.table = CostTable.measure(self.network)
+        self.table = sampler.cost_table()
         full = macs_of(sampler, sampler.policy, self.table)
         assert full is not None  # full compute decides by no data
         self.full_macs = float(full)
-        self.menu = Menu.of(self.network, sampler.branches, list(cfg.space), cfg.operator)
-        self.clip = not loaded.to_pixels().decoder
+        # Pipelines call their branches as they please.
+        space = [name for name in cfg.space if name != "branches" or not loaded.is_pipeline]
+        self.menu = Menu.of(self.network, sampler.branches, space, cfg.operator)
+        self.clip = loaded.to_pixels().samples_pixels
         # What cannot be graded is said before anything is searched.
         self.graded = [replace(sampler, policy=build_policy(name)) for name in cfg.grade]
         for own in self.graded:
@@ -313,7 +313,7 @@ class Search:
         _, oracle = planner.by_elimination(self.problem, 1 / len(self.problem.calls))
         grades = []
         for own in self.graded:
-            chunk = sample_chunk(replace(own, chunk=self.cfg.images), self.problem.stepper.index, self.table)
+            chunk = replace(own, chunk=self.cfg.images).generate(self.problem.stepper.index, self.table)
             calls = float(chunk.ledger.called.mean(axis=(1, 2)).sum())
             reached = psnr(self.problem.loss_of(chunk.images))
             best = psnr(oracle[min(max(oracle), math.ceil(calls))].loss)

@@ -12,8 +12,7 @@ from gearshift.execution.cost import CostTable
 from gearshift.execution.plan import FULL
 from gearshift.planning.choices import Choice, Menu
 from gearshift.runtime.progress import Progress
-from gearshift.sampling.loop import Sampler, sample_chunk
-from gearshift.sampling.stepping import Stepper
+from gearshift.sampling.loop import Sampler
 
 
 class TimedCosts:
@@ -24,7 +23,7 @@ class TimedCosts:
 
     def __init__(self, sampler: Sampler, menu: Menu, batch: int, rounds: int, bar: Progress) -> None:
         index = torch.arange(batch, device=sampler.device)
-        stepper = Stepper(replace(sampler, chunk=batch), index, sampler.cond(index), menu.keys, keep_earlier=True)
+        stepper = replace(sampler, chunk=batch).stepper(index, menu.keys)
         run, calls = stepper.run, stepper.calls
         levels = torch.tensor([call.log_snr for call in calls], dtype=torch.float64)
         self.paths: list[int] = run.network.route(levels).tolist()
@@ -64,5 +63,5 @@ def ms_per_image(sampler: Sampler, table: CostTable, batch: int, rounds: int) ->
     """Median milliseconds per image of whole generations."""
     index = torch.arange(batch, device=sampler.device)
     own = replace(sampler, chunk=batch)
-    timings, _ = interleave({"plan": lambda: sample_chunk(own, index, table)}, rounds, sampler.device, warmup=1)
+    timings, _ = interleave({"plan": lambda: own.generate(index, table)}, rounds, sampler.device, warmup=1)
     return 1000 * timings["plan"].median / batch

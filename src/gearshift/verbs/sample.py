@@ -23,7 +23,6 @@ from gearshift.diffusion.denoiser import Prediction
 from gearshift.diffusion.solvers.base import Call
 from gearshift.diffusion.solvers.switches import switches
 from gearshift.evaluation.sample_files import AdmWriter, PngFolder
-from gearshift.execution.cost import CostTable
 from gearshift.runtime import config, launch, peers
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import atomic_write
@@ -31,7 +30,7 @@ from gearshift.runtime.progress import Progress, note
 from gearshift.runtime.run import RunFolder
 from gearshift.sampling.gather import gather_chunks
 from gearshift.sampling.ledger import LedgerData
-from gearshift.sampling.loop import Chunk, Sampler, sample, sample_chunk
+from gearshift.sampling.loop import Chunk, Sampler, sample
 from gearshift.sampling.prompts import Prompts
 
 FORMATS = ("npz", "png")
@@ -84,7 +83,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     RunFolder.open(cfg.run)  # what cannot be found is said once, before several processes start
     if devices is not None:
         launch.ensure_processes(devices, ["sample", *sys.argv[1:]], multirun=_in_sweep(), name="devices")
-    loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
+    loaded: Any = api.load(cfg.run, ema=cfg.ema, device=cfg.device, compile=cfg.compile)
     sampler = loaded.sampler(
         cfg.policy,
         cfg.solver,
@@ -157,7 +156,7 @@ def _switches(sampler: Sampler, start: int) -> list[dict[str, Any]]:
         depths.append(int(prediction.depth.mode().values))
 
     [index, *_] = sampler.chunks(start, start + 1)
-    sample_chunk(sampler, index, CostTable.measure(sampler.denoiser.network), on_prediction=record)
+    sampler.generate(index, sampler.cost_table(), on_prediction=record)
     found = [dataclasses.asdict(switch) for switch in switches(calls, x0, depths)]
     for one in found:
         note(f"call {one['position']}: depth {one['before']} to {one['after']}, jump {one['jump']:.2f} (1: invisible)")

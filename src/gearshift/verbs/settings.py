@@ -103,7 +103,12 @@ class Bench:
 
 @dataclass
 class Import:
-    weights: str = MISSING
+    weights: str | None = None
+    pipeline: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    dtype: str = "fp32"
+    call: dict[str, Any] = field(default_factory=dict)
     name: str = "imported"
     runs_dir: str = "runs"
     out: str | None = None

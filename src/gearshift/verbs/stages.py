@@ -120,7 +120,7 @@ def _by_levels(cfg: DictConfig, axis: Axis) -> Answer | None:
 def _by_gradients(cfg: DictConfig, data: DataSource | Latents | None) -> Answer | None:
     from gearshift import api
 
-    loaded = api.load(cfg.run, ema=cfg.ema, device=cfg.device)
+    loaded = api.load_run(cfg.run, ema=cfg.ema, device=cfg.device)
     axis = Axis.of(loaded.denoiser.process, cfg.axis, cfg.t_min, cfg.t_max)
     network = loaded.denoiser.network
     source: Any = data if data is not None else config.build(loaded.config.data)

@@ -1,0 +1,356 @@
+"""`attach`: a policy on a pipeline of `diffusers`, until it is detached.
+
+Nothing is subclassed or copied. The instance of the scheduler is wrapped, which is clock and source of latents; hooks
+stand before the denoisers and before what only they read; where a policy reaches further in, hooks before blocks and
+attention processors do.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from gearshift.execution.cost import CostTable
+from gearshift.execution.memory import Key
+from gearshift.integrations.diffusers.compat import (
+    Hook,
+    Interposed,
+    enabled_cache,
+    is_wholly_compiled,
+    is_wrapped_by_compiler,
+    renew,
+)
+from gearshift.integrations.diffusers.inner import Inner, needs
+from gearshift.integrations.diffusers.layout import PipelineNetwork
+from gearshift.integrations.diffusers.ports import Shapes
+from gearshift.integrations.diffusers.record import Generation
+from gearshift.integrations.diffusers.replay import Listed, Replay
+from gearshift.integrations.diffusers.rows import can_be_picked
+from gearshift.integrations.diffusers.session import Session
+from gearshift.policies import AdaptiveSkip, Compose, Full, Planned, Policy
+from gearshift.runtime.errors import RunError, UsageError
+
+log = logging.getLogger("gearshift")
+DENOISERS = ("unet", "transformer", "transformer_2")
+HELPERS = ("controlnet",)
+MARK = "_gearshift"
+
+
+def attach(pipe: Any, policy: Policy | Sequence[Policy]) -> Attached:
+    """Put a policy, or the composition of several, on a pipeline.
+
+    Args:
+        pipe: a pipeline of `diffusers` with a `unet` or a `transformer`, and a `scheduler`.
+        policy: of `gearshift.policies`.
+
+    Returns:
+        A handle: `detach()` it, or use it as a context manager. After each generation `ledger` says what fired.
+
+    Raises:
+        UsageError: the pipeline has no denoiser or scheduler of these names, already has a policy or another cache, or
+            the policy does not fit its model.
+    """
+    return Attached(pipe, policy if isinstance(policy, Policy) else Compose(list(policy)))
+
+
+class _Root(Hook):
+    """Before a denoiser."""
+
+    def __init__(self, owner: Attached, path: int) -> None:
+        super().__init__()
+        self._owner, self._path = owner, path
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        session = self._owner.session()
+        if session is None:
+            return self.inner(*args, **kwargs)
+        return session.denoise(self._path, module, self.branch, self.inner, args, kwargs)
+
+
+class _Helper(Hook):
+    """Before a model whose outputs only the denoisers read."""
+
+    def __init__(self, owner: Attached, number: int) -> None:
+        super().__init__()
+        self._owner, self._number = owner, number
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        session = self._owner.session()
+        if session is None:
+            return self.inner(*args, **kwargs)
+        return session.beside.call(self._number, module, self.inner, args, kwargs)
+
+
+class Attached:
+    """A policy on a pipeline.
+
+    Attributes:
+        pipe, policy: what was attached.
+        network: the pipeline's denoisers as policies see them; `network.blocks` names every block.
+    """
+
+    def __init__(self, pipe: Any, policy: Policy, network: PipelineNetwork | None = None) -> None:
+        self.pipe, self.policy = pipe, policy
+        self.table: CostTable | None = None
+        self.replay: Replay | None = None
+        self.outputs: dict[int, Any] = {}
+        self.helper_outputs: dict[int, Any] = {}
+        self.tells = True
+        self._shapes: dict[nn.Module, Shapes] = {}
+        self.on_step: Callable[[Generation, Tensor], None] | None = None
+        kind = type(pipe).__name__
+        models = {name: getattr(pipe, name, None) for name in DENOISERS}
+        denoisers = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+        self.scheduler = getattr(pipe, "scheduler", None)
+        if not denoisers:
+            raise UsageError(
+                f"{kind} has no denoiser that is called {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}, so there is "
+                "nothing to put a policy on"
+            )
+        if not all(hasattr(self.scheduler, name) for name in ("set_timesteps", "step")):
+            raise UsageError(
+                f"{kind} has no scheduler with set_timesteps and step, which tell the policy where a generation is"
+            )
+        if hasattr(self.scheduler, MARK) or any(hasattr(model, MARK) for model in denoisers.values()):
+            held = getattr(self.scheduler, MARK, None) or next(iter(denoisers.values()))._gearshift
+            raise UsageError(
+                f"{kind} already has the policy {held!r}, and {policy.name!r} is to be attached; detach the first, or "
+                "attach both at once: attach(pipe, [first, second])"
+            )
+        for name, model in denoisers.items():
+            if is_wrapped_by_compiler(model):
+                raise UsageError(
+                    f"{kind}.{name} is what torch.compile returned, and decisions have to be made outside of it; "
+                    f"compile its blocks instead (pipe.{name}.compile_repeated_blocks()), or pipe.{name}.compile()"
+                )
+            cache = enabled_cache(model)
+            if cache is not None:
+                raise UsageError(
+                    f"{kind}.{name} already has the cache {cache}, and {policy.name!r} would reuse on top of it; "
+                    f"disable it first (pipe.{name}.disable_cache())"
+                )
+        boundary = getattr(pipe, "config", {}).get("boundary_ratio") if len(denoisers) > 1 else None
+        self.network = PipelineNetwork(denoisers, boundary) if network is None else network
+        policy.fits(self.network)  # type: ignore[arg-type]  # it is run by its own library
+        _check_rows(policy, self.network)
+        self.denoiser_names = list(denoisers)
+        self.helper_names = [name for name in HELPERS if isinstance(getattr(pipe, name, None), nn.Module)]
+        self._inner: Inner | None = None
+        self._session: Session | None = None
+        self._last: Generation | None = None
+        self._pending = False
+        self._lost = False
+        self._attached = True
+        self._interposed = [
+            Interposed(model, _Root(self, path)) for path, model in enumerate(self.network.denoisers.values())
+        ]
+        self._interposed += [
+            Interposed(getattr(pipe, name), _Helper(self, number)) for number, name in enumerate(self.helper_names)
+        ]
+        for model in self._models():
+            renew(model)
+            setattr(model, MARK, policy.name)
+        setattr(self.scheduler, MARK, policy.name)
+        self._wrap_scheduler()
+
+    def _models(self) -> Iterable[nn.Module]:
+        yield from self.network.denoisers.values()
+        yield from (getattr(self.pipe, name) for name in self.helper_names)
+
+    # The scheduler ---------------------------------------------------------------------------------------------------
+
+    def _wrap_scheduler(self) -> None:
+        scheduler: Any = self.scheduler
+        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+        names = list(inspect.signature(step).parameters)
+
+        @functools.wraps(set_timesteps)
+        def starting(*args: Any, **kwargs: Any) -> Any:
+            result = set_timesteps(*args, **kwargs)
+            self._start()
+            return result
+
+        @functools.wraps(step)
+        def stepping(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            session = self._session
+            if session is not None:
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                after = result[0] if isinstance(result, tuple) else result.prev_sample
+                session.stepped(given["sample"], given["model_output"], given["timestep"], after)
+                replay = session.replay
+                if replay is not None and session.clock.made == replay.start.made:
+                    result = replay.resume(session, result)
+                if session.over:
+                    self._finish()
+                if self.on_step is not None:
+                    self.on_step(session.record, after)
+            return result
+
+        scheduler.set_timesteps, scheduler.step = starting, stepping
+
+    def _start(self) -> None:
+        """A generation begins: nothing of the last one is left, however that ended."""
+        self._finish()
+        for one in self._interposed:
+            one.settle()
+        if self._inner is not None:
+            self._inner.settle()
+        self._pending = True
+
+    def _finish(self) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        session.close()
+        self._last = session.record
+        if self.tells and session.over and not session.record.fired and _should_fire(self.policy):
+            log.warning(
+                "%s never fired: all %d steps were computed in full", session.record.policy, len(session.record.steps)
+            )
+
+    def session(self) -> Session | None:
+        """The generation that is under way; None where a model is called outside of one."""
+        if self._pending:
+            self._pending = False
+            self._session = Session(self)
+        if self._session is None and not self._lost:
+            self._lost = True
+            own = getattr(self.pipe, "scheduler", None)
+            exchanged = f"; the scheduler was exchanged for a {type(own).__name__}: detach, and attach again"
+            reason = "" if own is self.scheduler else exchanged
+            log.warning(
+                "%s: a model was called outside of a generation, and computed in full%s", self.policy.name, reason
+            )
+        return self._session
+
+    def guided(self) -> Any:
+        """Whether the pipeline guides at this moment, where it says so."""
+        try:
+            return getattr(self.pipe, "do_classifier_free_guidance", None)
+        except Exception:  # a property that is only defined while the pipeline runs
+            return None
+
+    # Inside of the models --------------------------------------------------------------------------------------------
+
+    def inner_for(self, reuse: Iterable[Key], deep: bool) -> Inner | None:
+        """What a run needs inside of the denoisers; made when it is first needed."""
+        attention, blocks = needs(reuse)
+        blocks = blocks or deep
+        if not attention and not blocks:
+            return self._inner
+        if self._inner is not None and not (self._inner.attention >= attention and self._inner.ports >= blocks):
+            attention, blocks = attention | self._inner.attention, blocks or self._inner.ports
+            self._inner.withdraw()
+            self._inner = None
+        if self._inner is None:
+            for name, model in self.network.denoisers.items():
+                if is_wholly_compiled(model):
+                    raise UsageError(
+                        f"policy {self.policy.name} reaches into {name}, which is compiled as a whole; compile its "
+                        f"blocks instead (pipe.{name}.compile_repeated_blocks())"
+                    )
+            helpers = [net for name in self.helper_names for net in _nets(getattr(self.pipe, name))]
+            self._inner = Inner(self.network, helpers, attention, blocks, self._shapes)
+            for model in self._models():
+                renew(model)
+        return self._inner
+
+    # The handle ------------------------------------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> Generation:
+        """What the last generation took; of the one under way while it is.
+
+        Raises:
+            RunError: nothing was generated yet.
+        """
+        found = self._last if self._session is None else self._session.record
+        if found is None:
+            raise RunError(f"{self.policy.name}: nothing was generated yet; call the pipeline, then look at its ledger")
+        return found
+
+    @property
+    def attached(self) -> bool:
+        return self._attached
+
+    def exchange(self, policy: Policy) -> None:
+        """Another policy from the next generation on.
+
+        Raises:
+            UsageError: it does not fit the model.
+        """
+        if policy is self.policy:
+            return
+        policy.fits(self.network)  # type: ignore[arg-type]
+        _check_rows(policy, self.network)
+        self._finish()
+        if self._inner is not None and not isinstance(policy, Listed):  # the next one may need less of it
+            self._inner.withdraw()
+            self._inner = None
+        self.policy = policy
+
+    def detach(self) -> None:
+        """Put everything back as it was; the ledger stays.
+
+        Raises:
+            UsageError: a model was wrapped by something else since.
+        """
+        if not self._attached:
+            return
+        self._finish()
+        self._pending = False
+        if self._inner is not None:
+            self._inner.withdraw()
+            self._inner = None
+        for one in reversed(self._interposed):
+            one.withdraw()
+        for name in ("set_timesteps", "step", MARK):
+            vars(self.scheduler).pop(name, None)
+        for model in self._models():
+            renew(model)
+            vars(model).pop(MARK, None)
+        self._attached = False
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"Attached({self.policy.name} on {type(self.pipe).__name__}{'' if self._attached else ', detached'})"
+
+
+def _check_rows(policy: Policy, network: PipelineNetwork) -> None:
+    """Raises UsageError where a policy wants to call a model for some of its rows that cannot be."""
+    for part in policy.parts if isinstance(policy, Compose) else [policy]:
+        other = [model for model in network.denoisers.values() if not can_be_picked(model)]
+        if isinstance(part, AdaptiveSkip) and part.decision == "per_sample" and other:
+            raise UsageError(
+                f"policy AdaptiveSkip: decision=per_sample needs a model that can be called for some of its samples, "
+                f"and {type(other[0]).__name__} cannot; take decision=batch_mean or batch_any"
+            )
+        if isinstance(part, Planned) and any(0 < evaluated < part.branches for evaluated in part.call):
+            raise UsageError(
+                "policy Planned evaluates one branch of guidance alone at some calls, and pipelines differ in which "
+                "comes first; make a plan for this pipeline (gearshift plan)"
+            )
+
+
+def _should_fire(policy: Policy) -> bool:
+    return not isinstance(policy, Full) and type(policy) is not Policy
+
+
+def _nets(helper: nn.Module) -> list[nn.Module]:
+    """The models in a helper that may be several."""
+    nets = getattr(helper, "nets", None)
+    return list(nets) if isinstance(nets, nn.ModuleList) else [helper]

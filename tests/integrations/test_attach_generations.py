@@ -1,0 +1,459 @@
+"""Generations under one attached policy: none leaves anything to the next, and the unforeseen is computed in full."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from gearshift.execution.memory import Memory
+from gearshift.execution.plan import FULL, StepPlan
+from gearshift.integrations.diffusers import Attached, attach
+from gearshift.integrations.diffusers.held import Remembered
+from gearshift.integrations.diffusers.session import Session
+from gearshift.policies import AdaptiveSkip, AttentionReuse, DeepFeatureReuse, Full, Policy, SkipEvery
+
+from .manual import Trace, by_hand
+from .tiny import CASES, with_scheduler
+
+STEPS = 6
+FIRING: dict[str, Policy] = {
+    "skip": SkipEvery(2),
+    "adaptive": AdaptiveSkip(1.0, warmup_steps=3, max_skip_steps=2),
+    "output": AttentionReuse(operator="output", interval=2),
+    "deep": DeepFeatureReuse(interval=2),
+}
+PAIRS = [(n, p) for n in ("sd", "sdxl", "wan", "dit") for p in FIRING if p != "deep" or n in ("sd", "sdxl")]
+Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+
+
+@functools.cache
+def built(name: str) -> Any:
+    return CASES[name].build()
+
+
+@functools.cache
+def fresh(name: str, policy: str) -> Tensor:
+    """What the first generation after attaching gives."""
+    with attach(built(name), FIRING[policy]) as handle:
+        found = CASES[name].run(built(name), STEPS)
+    assert handle.ledger.fired
+    return found
+
+
+@contextmanager
+def attached(name: str, policy: str) -> Iterator[Attached]:
+    """A policy on a pipeline, and known what its first generation gives."""
+    fresh(name, policy)
+    with attach(built(name), FIRING[policy]) as handle:
+        yield handle
+
+
+def assert_as_fresh(handle: Attached, name: str, policy: str) -> None:
+    """Asserts that the next generation is as if it were the first."""
+    assert torch.equal(CASES[name].run(built(name), STEPS), fresh(name, policy))
+    assert handle.ledger.complete
+    assert handle.ledger.fired
+    assert handle.ledger.notes == []
+    assert [step.forced for step in handle.ledger.steps] == [None] * STEPS
+
+
+def at(wanted: int, action: Callable[[Any, dict[str, Any]], None]) -> Callback:
+    """A callback that acts after one step."""
+
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == wanted:
+            action(pipe, tensors)
+        return tensors
+
+    return callback
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(pipe: Any, tensors: dict[str, Any]) -> None:
+    raise Stop
+
+
+def interrupt(pipe: Any, tensors: dict[str, Any]) -> None:
+    pipe._interrupt = True
+
+
+@contextmanager
+def failing(module: nn.Module, call: int) -> Iterator[None]:
+    """The given call of a module fails."""
+    calls = []
+
+    def fail(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls.append(module)
+        if len(calls) == call:
+            raise Stop
+
+    watch = module.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        watch.remove()
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Messages of ours since the last look."""
+    found = [record.getMessage() for record in caplog.records if record.name == "gearshift"]
+    assert all(record.levelno == logging.WARNING for record in caplog.records if record.name == "gearshift")
+    caplog.clear()
+    return found
+
+
+# Nothing leaks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "policy"), PAIRS)
+def test_a_generation_leaves_nothing_to_the_next(name: str, policy: str) -> None:
+    """Other seeds, steps, sizes, numbers of prompts, and guidance on and off."""
+    case, pipe = CASES[name], built(name)
+    before: list[dict[str, Any]] = [
+        dict(steps=STEPS, seed=1),
+        dict(steps=5),
+        dict(steps=STEPS, prompts=2),
+        dict(steps=STEPS, size=case.sizes[1]),
+        dict(steps=STEPS, guidance=1.0),
+    ]
+    with attached(name, policy) as handle:
+        for call in before:
+            case.run(pipe, **call)
+            assert handle.ledger.complete
+            assert handle.ledger.fired
+            assert handle.ledger.notes == []
+            assert_as_fresh(handle, name, policy)
+
+
+@pytest.mark.parametrize("policy", FIRING)
+def test_every_generation_of_a_row_is_as_if_it_were_the_first(policy: str) -> None:
+    case, pipe = CASES["sd"], built("sd")
+    calls: list[dict[str, Any]] = [
+        dict(prompts=2, size=24),
+        dict(guidance=1.0),
+        dict(steps=9, seed=3),
+        dict(guidance=1.0, prompts=3),
+        dict(seed=2),
+    ]
+    alone = []
+    for call in calls:
+        with attach(pipe, FIRING[policy]):
+            alone.append(case.run(pipe, **call))
+    with attach(pipe, FIRING[policy]):
+        together = [case.run(pipe, **call) for call in calls]
+    assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("how", ["raised", "interrupted"])
+@pytest.mark.parametrize(("name", "policy"), [pair for pair in PAIRS if pair[0] != "dit"])
+def test_a_generation_that_was_broken_off_leaves_nothing_either(name: str, policy: str, how: str, step: int) -> None:
+    """By an exception in a callback, and by the pipeline's own flag."""
+    case, pipe = CASES[name], built(name)
+    with attached(name, policy) as handle:
+        if how == "raised":
+            with pytest.raises(Stop):
+                case.run(pipe, STEPS, seed=1, callback_on_step_end=at(step, stop))
+        else:
+            case.run(pipe, STEPS, seed=1, callback_on_step_end=at(step, interrupt))
+        broken = handle.ledger
+        assert not broken.complete
+        assert len(broken.steps) == step + 1
+        assert broken.expected == STEPS
+        assert f"{step + 1} of {STEPS} steps" in broken.summary()
+        assert_as_fresh(handle, name, policy)
+        assert handle.ledger is not broken
+
+
+@pytest.mark.parametrize(("name", "policy"), PAIRS)
+def test_a_denoiser_that_failed_leaves_nothing_either(name: str, policy: str) -> None:
+    """In its last layer, with everything armed for what this call keeps or takes."""
+    case, pipe = CASES[name], built(name)
+    layers = [module for module in getattr(pipe, case.denoisers[0]).modules() if not list(module.children())]
+    with attached(name, policy) as handle:
+        for call in (1, 2, 3):
+            with failing(layers[-1], call), pytest.raises(Stop):
+                case.run(pipe, STEPS, seed=1)
+            assert_as_fresh(handle, name, policy)
+
+
+# Guidance ------------------------------------------------------------------------------------------------------------
+
+
+def unguided(pipe: Any, tensors: dict[str, Any]) -> None:
+    """Switches guidance off as the documentation of the library shows it."""
+    pipe._guidance_scale = 1.0
+    if "prompt_embeds" in tensors:
+        tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+
+
+def switching(name: str, step: int) -> dict[str, Any]:
+    more: dict[str, Any] = dict(callback_on_step_end=at(step, unguided))
+    if name == "sd":
+        more |= dict(callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    return more
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize(("name", "why"), [("sd", "the number of rows changed"), ("wan", "guidance was switched")])
+def test_guidance_that_is_switched_off_on_the_way(name: str, why: str, prompts: int, step: int) -> None:
+    """The step after is computed in full, whether or not it would have been, and the ledger says why."""
+    case, pipe, total = CASES[name], built(name), 8
+    more = switching(name, step)
+
+    def computes(trace: Trace) -> bool:
+        return trace.step % 2 == 0 or trace.step in (step + 1, total - 1)
+
+    with by_hand(case, pipe, computes) as trace:
+        expected = case.run(pipe, total, prompts=prompts, **more)
+    with attached(name, "skip") as handle:
+        found = case.run(pipe, total, prompts=prompts, **more)
+        ledger = handle.ledger
+        assert torch.equal(found, expected)
+        assert ledger.mask == trace.mask
+        assert [made.forced for made in ledger.steps] == [why if k == step + 1 else None for k in range(total)]
+        guided = sum(ledger.mask[: step + 1])
+        assert ledger.calls_per_sample == 2 * guided + sum(ledger.mask[step + 1 :])
+        assert ledger.full_calls_per_sample == 2 * (step + 1) + total - step - 1
+        assert ledger.batch == prompts
+        assert ledger.complete
+        assert ledger.notes == []
+        assert torch.equal(case.run(pipe, STEPS), fresh(name, "skip"))
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "output", "deep"])
+def test_other_policies_also_compute_the_step_after_the_switch(policy: str) -> None:
+    case, pipe = CASES["sd"], built("sd")
+    with attach(pipe, FIRING[policy]) as handle:
+        case.run(pipe, 8, **switching("sd", 2))
+    step = handle.ledger.steps[3]
+    assert step.forced == "the number of rows changed"
+    (branch,) = step.branches
+    assert branch.called.tolist() == [True]
+    assert branch.plan.key() == FULL.key()
+    assert handle.ledger.fired
+    assert handle.ledger.notes == []
+
+
+# The ledger ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("dit", "wan2", "sd_img2img")])
+def test_the_ledger_counts(name: str) -> None:
+    case, pipe = CASES[name], built(name)
+    with attach(pipe, SkipEvery(2)) as handle:
+        case.run(pipe, STEPS, prompts=2)
+    ledger = handle.ledger
+    branches = 2 if case.guided or case.sequential else 1
+    assert ledger.mask == [True, False, True, False, True, True]
+    assert ledger.batch == 2
+    assert ledger.expected == len(ledger.steps) == STEPS
+    assert ledger.calls_per_sample == 4 * branches
+    assert ledger.full_calls_per_sample == STEPS * branches
+    assert ledger.extra_bytes == max(step.kept_bytes for step in ledger.steps) > 0
+    assert [len(step.branches) for step in ledger.steps] == [2 if case.sequential else 1] * STEPS
+    assert all(step.forced is None for step in ledger.steps)
+    assert ledger.complete
+    assert f"6 steps, 2 without the denoiser; {4 * branches} of {6 * branches}" in ledger.summary()
+
+
+def test_the_ledger_of_image_to_image_begins_where_the_pipeline_does() -> None:
+    case, pipe = CASES["sd_img2img"], built("sd_img2img")
+    with attach(pipe, SkipEvery(2)) as handle:
+        case.run(pipe, STEPS)
+    assert handle.ledger.expected == 4
+    assert handle.ledger.mask == [True, False, True, True]
+    assert [step.call.position for step in handle.ledger.steps] == [0, 1, 2, 3]
+    assert [step.call.time for step in handle.ledger.steps] == pipe.scheduler.timesteps[2:].tolist()
+    assert handle.ledger.complete
+
+
+@contextmanager
+def watched() -> Iterator[Callable[..., list[Any]]]:
+    """Gives a function that finds everything of some classes that was made since and is still referred to."""
+
+    def alive(*kinds: type) -> list[Any]:
+        gc.collect()
+        # Some objects warn when they are asked for their class and not for their type.
+        return [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
+
+    gc.collect()
+    gc.freeze()
+    try:
+        yield alive
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize(("name", "policy"), [("sd", "skip"), ("sd", "adaptive"), ("sd", "deep"), ("wan", "output")])
+def test_what_was_kept_is_let_go(name: str, policy: str) -> None:
+    """After a generation, and after detaching from one that was broken off."""
+    case, pipe = CASES[name], built(name)
+    case.run(pipe, STEPS)
+    with watched() as alive:
+
+        def assert_let_go() -> None:
+            assert handle._session is None
+            assert handle.ledger.extra_bytes > 0
+            found = alive(Tensor, Session, Remembered, Memory)
+            assert all(isinstance(thing, Tensor) for thing in found)
+            assert [tuple(thing.shape) for thing in found if thing.device.type != "meta" and thing.numel() > 100] == []
+
+        handle = attach(pipe, FIRING[policy])
+        case.run(pipe, STEPS)
+        assert_let_go()
+        with pytest.raises(Stop):
+            case.run(pipe, STEPS, callback_on_step_end=at(2, stop))
+        handle.detach()
+        assert_let_go()
+
+
+# Warnings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [AdaptiveSkip(0.0), SkipEvery(STEPS), AttentionReuse(operator="output", last=0)])
+def test_a_policy_that_never_fired_says_so_once_a_generation(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    case, pipe = CASES["sd"], built("sd")
+    with attach(pipe, policy) as handle:
+        for _ in range(2):
+            case.run(pipe, STEPS)
+            assert warnings(caplog) == [f"{policy.name} never fired: all {STEPS} steps were computed in full"]
+            assert "never fired" in handle.ledger.summary()
+        # It might have, had it not been broken off.
+        with pytest.raises(Stop):
+            case.run(pipe, STEPS, callback_on_step_end=at(2, stop))
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize("policy", [Full(), *FIRING.values()], ids=["full", *FIRING])
+def test_policies_that_do_what_they_should_say_nothing(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    with attach(built("sd"), policy):
+        CASES["sd"].run(built("sd"), STEPS)
+    assert warnings(caplog) == []
+
+
+# What was not foreseen -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", FIRING)
+def test_a_scheduler_that_was_exchanged(policy: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing tells the policy where a generation is, so all is computed, and one warning says why."""
+    case, pipe = CASES["sd"], CASES["sd"].build()
+    own = pipe.scheduler
+    other = with_scheduler(pipe, "euler").scheduler
+    plain = case.run(pipe, STEPS)
+    pipe.scheduler = own
+    with attach(pipe, FIRING[policy]) as handle:
+        first = case.run(pipe, STEPS)
+        warnings(caplog)
+        pipe.scheduler = other
+        assert torch.equal(case.run(pipe, STEPS), plain)
+        (message,) = warnings(caplog)
+        assert "exchanged for a EulerDiscreteScheduler" in message
+        assert "detach, and attach again" in message
+        pipe.scheduler = own
+        assert torch.equal(case.run(pipe, STEPS), first)
+        assert handle.ledger.fired
+    assert warnings(caplog) == []
+    assert "step" not in vars(own)
+
+
+def test_a_model_that_is_called_by_hand(caplog: pytest.LogCaptureFixture) -> None:
+    """Before and after a generation: computed in full, with one warning."""
+    pipe = built("sd")
+    given = (torch.ones(2, 4, 8, 8), 5, torch.ones(2, 16, 16))
+    with torch.no_grad():
+        expected = pipe.unet(*given).sample
+        with attach(pipe, SkipEvery(2)):
+            assert torch.equal(pipe.unet(*given).sample, expected)
+            (message,) = warnings(caplog)
+            assert "outside of a generation" in message
+            CASES["sd"].run(pipe, STEPS)
+            assert torch.equal(pipe.unet(*given).sample, expected)
+            assert torch.equal(pipe.unet(*given).sample, expected)
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize("policy", FIRING)
+def test_latents_that_change_their_size_on_the_way(policy: str, caplog: pytest.LogCaptureFixture) -> None:
+    case, pipe = CASES["sd"], built("sd")
+
+    def grow(pipe: Any, tensors: dict[str, Any]) -> None:
+        tensors["latents"] = interpolate(tensors["latents"], scale_factor=1.5)
+
+    with attached("sd", policy) as handle:
+        found = case.run(pipe, 8, callback_on_step_end=at(2, grow))
+        messages = warnings(caplog)
+        assert "called with 2x4x8x8 float32, and now with 2x4x12x12 float32" in messages[0]
+        assert messages[1:] == ([] if handle.ledger.fired else [m for m in messages if "never fired" in m])
+        assert len(handle.ledger.notes) == 1
+        assert handle.ledger.notes[0].startswith("full compute from step 3 on")
+        assert handle.ledger.mask[3:] == [True] * 5
+        assert handle.ledger.complete
+        assert found.shape == (1, 4, 12, 12)
+        assert_as_fresh(handle, "sd", policy)
+    if policy == "skip":
+        with by_hand(case, pipe, lambda trace: trace.step != 1):
+            assert torch.equal(case.run(pipe, 8, callback_on_step_end=at(2, grow)), found)
+
+
+class Surprised(Policy):
+    """Skips every second step, and fails to look at the third."""
+
+    static = False
+    fails = 2
+
+    def plan(self, state: Any, call: Any) -> StepPlan:
+        return StepPlan(call=False) if call.position % 2 == 1 else FULL
+
+    def observe(self, state: Any, call: Any, before: Tensor, after: Tensor, prediction: Any) -> Any:
+        if call.position == self.fails:
+            raise ValueError("not\nexpected")
+        return state
+
+
+class Planless(Surprised):
+    """Fails to decide on the fourth step."""
+
+    fails = -1
+
+    def plan(self, state: Any, call: Any) -> StepPlan:
+        if call.position == 3:
+            raise ValueError("not\nexpected")
+        return super().plan(state, call)
+
+
+@pytest.mark.parametrize("policy", [Surprised, Planless])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd_controlnet", "wan", "dit", "flux"])
+def test_a_policy_that_fails(name: str, policy: type[Policy], caplog: pytest.LogCaptureFixture) -> None:
+    """From there on everything is computed; the next generation begins anew."""
+    case, pipe = CASES[name], built(name)
+    with by_hand(case, pipe, lambda trace: trace.step != 1) as trace:
+        expected = case.run(pipe, STEPS)
+    with attach(pipe, policy()) as handle:
+        for _ in range(2):
+            assert torch.equal(case.run(pipe, STEPS), expected)
+            (message,) = warnings(caplog)
+            assert message.startswith(f"{policy.__name__}: unexpected ValueError: not expected; the rest")
+            assert handle.ledger.mask == trace.mask == [True, False, True, True, True, True]
+            assert len(handle.ledger.notes) == 1
+            assert handle.ledger.complete
+
+
+def test_a_policy_that_fails_fails_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEARSHIFT_DEBUG", "1")
+    with attach(built("sd"), Surprised()), pytest.raises(ValueError, match="expected"):
+        CASES["sd"].run(built("sd"), STEPS)
