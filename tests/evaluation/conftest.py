@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
-from gearshift.evaluation import evaluate
 from gearshift.evaluation.evaluate import Evaluator
 from gearshift.evaluation.instruments import Instruments
 from gearshift.evaluation.observe import Observer
@@ -61,5 +60,5 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         found.append((sampler.policy.name, int(index[0])))
         return sample_chunk(sampler, index, table, **options)
 
-    monkeypatch.setattr(evaluate, "sample_chunk", counting)
+    monkeypatch.setattr(Sampler, "generate", counting)
     return found

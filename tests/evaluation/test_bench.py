@@ -14,6 +14,7 @@ from gearshift.evaluation import speed
 from gearshift.evaluation.conditions import Quiet
 from gearshift.evaluation.throughput import BUSY, Timing
 from gearshift.runtime.errors import RunError
+from gearshift.sampling.loop import Sampler
 from gearshift.verbs import bench_features
 
 CPU = torch.device("cpu")
@@ -85,7 +86,7 @@ def whole_timings(monkeypatch: pytest.MonkeyPatch, share: float, others: float, 
             method()
         return {key: Timing((1.0 if key == "full" else share,) * rounds, 2.0, 7 << 20) for key in methods}, others
 
-    real = speed.sample_chunk
+    real = Sampler.generate
 
     def limited(sampler: Any, index: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
         if len(index) > room:
@@ -93,7 +94,7 @@ def whole_timings(monkeypatch: pytest.MonkeyPatch, share: float, others: float, 
         return real(sampler, index, *arguments, **settings)
 
     monkeypatch.setattr(speed, "interleave", fake)
-    monkeypatch.setattr(speed, "sample_chunk", limited)
+    monkeypatch.setattr(Sampler, "generate", limited)
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.6, "met"), (0.95, "missed")])

@@ -35,6 +35,10 @@ class Row:
     chunk: int = 0
     device: torch.device = CPU
 
+    def generate(self, index: Tensor, table: object, cond: object = None) -> Any:
+        """Replaced by what a test says generations are."""
+        raise NotImplementedError
+
 
 class Machine:
     """Generations that take what `seconds(row, batch, number of the pass)` says, and a memory of `room` images."""
@@ -47,7 +51,7 @@ class Machine:
         self.seconds = lambda name, batch, number: 1.0
         monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: self.now))
         monkeypatch.setattr(Quiet, "others", lambda _: self.shares.pop(0) if len(self.shares) > 1 else self.shares[0])
-        monkeypatch.setattr(speed, "sample_chunk", self.sample_chunk)
+        monkeypatch.setattr(Row, "generate", lambda row, *args, **more: self.sample_chunk(row, *args, **more))
 
     def sample_chunk(self, sampler: Row, index: Tensor, table: object, cond: object = None) -> Any:
         batch = len(index)
@@ -232,7 +236,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(machine: Machine, monke
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(speed, "sample_chunk", broken)
+    monkeypatch.setattr(Row, "generate", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         measured(images=32, sweep=(64,))
 
@@ -318,7 +322,7 @@ def test_memory_that_ran_out_is_given_back(monkeypatch: pytest.MonkeyPatch) -> N
         pieces = [torch.empty(third, dtype=torch.uint8, device=device) for _ in range(len(index))]
         return SimpleNamespace(ledger=SimpleNamespace(macs_per_image=float(len(pieces))))
 
-    monkeypatch.setattr(speed, "sample_chunk", sample)
+    monkeypatch.setattr(Row, "generate", sample)
     before = torch.cuda.memory_allocated(device)
     rows: Any = {"A": Row("A", device=device)}
     found = measure_speed(rows, {"A": "A"}, NO_TABLE, SpeedSettings(images=1, rounds=1, sweep=(1, 4)))

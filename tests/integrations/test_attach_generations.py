@@ -20,6 +20,7 @@ from gearshift.integrations.diffusers import Attached, attach
 from gearshift.integrations.diffusers.held import Remembered
 from gearshift.integrations.diffusers.session import Session
 from gearshift.policies import AdaptiveSkip, AttentionReuse, DeepFeatureReuse, Full, Policy, SkipEvery
+from gearshift.runtime.errors import RunError, UsageError
 
 from .manual import Trace, by_hand
 from .tiny import CASES, with_scheduler
@@ -270,6 +271,26 @@ def test_the_ledger_counts(name: str) -> None:
     assert f"6 steps, 2 without the denoiser; {4 * branches} of {6 * branches}" in ledger.summary()
 
 
+def test_there_is_no_ledger_before_the_first_generation() -> None:
+    with attach(built("sd"), SkipEvery(2)) as handle, pytest.raises(RunError, match="nothing was generated yet"):
+        _ = handle.ledger
+
+
+def test_a_run_that_the_policy_does_not_fit_is_refused_before_anything_is_made() -> None:
+    """With an error that says why; the next run that fits is as ever."""
+    case, pipe = CASES["sd"], built("sd")
+    plain = case.run(pipe, STEPS)
+    with attach(pipe, AttentionReuse(operator="output", last=4)) as handle:
+        with pytest.raises(UsageError, match="last 4 calls of a run of 4"):
+            case.run(pipe, 4)
+        assert not handle.ledger.complete
+        assert handle.ledger.steps == []
+        case.run(pipe, STEPS)
+        assert handle.ledger.complete
+        assert handle.ledger.fired
+    assert torch.equal(case.run(pipe, STEPS), plain)
+
+
 def test_the_ledger_of_image_to_image_begins_where_the_pipeline_does() -> None:
     case, pipe = CASES["sd_img2img"], built("sd_img2img")
     with attach(pipe, SkipEvery(2)) as handle:
@@ -362,7 +383,7 @@ def test_a_scheduler_that_was_exchanged(policy: str, caplog: pytest.LogCaptureFi
         pipe.scheduler = other
         assert torch.equal(case.run(pipe, STEPS), plain)
         (message,) = warnings(caplog)
-        assert "exchanged for a EulerDiscreteScheduler" in message
+        assert "scheduler of the pipeline was exchanged" in message
         assert "detach, and attach again" in message
         pipe.scheduler = own
         assert torch.equal(case.run(pipe, STEPS), first)
@@ -397,7 +418,7 @@ def test_latents_that_change_their_size_on_the_way(policy: str, caplog: pytest.L
     with attached("sd", policy) as handle:
         found = case.run(pipe, 8, callback_on_step_end=at(2, grow))
         messages = warnings(caplog)
-        assert "called with 2x4x8x8 float32, and now with 2x4x12x12 float32" in messages[0]
+        assert "called with 2x4x8x8 float32 on cpu" in messages[0] and "now with 2x4x12x12 float32 on" in messages[0]
         assert messages[1:] == ([] if handle.ledger.fired else [m for m in messages if "never fired" in m])
         assert len(handle.ledger.notes) == 1
         assert handle.ledger.notes[0].startswith("full compute from step 3 on")

@@ -13,8 +13,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
+from gearshift.execution.plan import StepPlan
 from gearshift.integrations.diffusers import attach
-from gearshift.policies import AdaptiveSkip, SkipEvery
+from gearshift.policies import AdaptiveSkip, Policy, SkipEvery
 
 from .manual import Kept, Trace, by_hand, changed, held
 from .tiny import CASES, texts, with_scheduler
@@ -109,6 +110,36 @@ def test_schedulers_that_call_twice_or_draw_noise(kind: str) -> None:
     assert not torch.equal(found, plain)
 
 
+class Chosen(Policy):
+    """Skips some steps, also several in a row."""
+
+    skipped = (1, 2, 4)
+
+    def plan(self, state: Any, call: Any) -> StepPlan:
+        return StepPlan(call=call.position not in self.skipped)
+
+
+@pytest.mark.parametrize("name", ["sd", "ddim", "dit", "wan", "flux"])
+def test_whoever_called_may_write_into_what_is_returned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a scheduler that does so what is kept stays as it was, also where it was given back before."""
+    case, pipe = CASES[name], built(name)
+    kind = type(pipe.scheduler)
+    step = kind.step
+
+    @functools.wraps(step)
+    def spoiling(self: Any, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = step(self, model_output.clone(), *args, **kwargs)
+        model_output.zero_()
+        return result
+
+    with by_hand(case, pipe, lambda trace: trace.step not in Chosen.skipped):
+        expected = case.run(pipe, STEPS, guidance=1.0)
+    monkeypatch.setattr(kind, "step", spoiling)
+    with attach(pipe, Chosen()) as handle:
+        assert torch.equal(case.run(pipe, STEPS, guidance=1.0), expected)
+    assert handle.ledger.mask == [True, False, False, True, False, True]
+
+
 # Written out -------------------------------------------------------------------------------------------------------
 
 
@@ -172,20 +203,24 @@ def framed(scheduler: Any, latents: list[Tensor], s: list[float]) -> list[Tensor
     return latents
 
 
-def by_formula(policy: AdaptiveSkip, pipe: Any) -> Callable[[Trace], Any]:
-    """`computes` as a rule for the loop by hand."""
+def by_formula(policy: AdaptiveSkip, pipe: Any, samples: int) -> Callable[[Trace], Any]:
+    """`computes` as a rule for the loop by hand; what is stepped may have the frames of a sample in a row."""
+
+    def by_sample(x: Tensor) -> Tensor:
+        return x.reshape(samples, -1, *x.shape[1:])
 
     def rule(trace: Trace) -> Any:
         if not trace.mask:
             return True
-        s, x = levels(pipe.scheduler), trace.latents
+        s, x = levels(pipe.scheduler), [by_sample(latents) for latents in trace.latents]
+        outputs = [by_sample(output) for output in trace.outputs]
         x = framed(pipe.scheduler, x, s) if policy.criterion == "embedded_error" else x
         if policy.decision == "batch_mean":
-            return computes(policy, trace.mask, x, trace.outputs, s)
+            return computes(policy, trace.mask, x, outputs, s)
         asked = []
-        for row in range(len(x[0])):
+        for row in range(samples):
             flags = [flag if isinstance(flag, bool) else bool(flag[row]) for flag in trace.mask]
-            asked.append(computes(policy, flags, [t[row] for t in x], [t[row] for t in trace.outputs], s))
+            asked.append(computes(policy, flags, [t[row] for t in x], [t[row] for t in outputs], s))
         return any(asked) if policy.decision == "batch_any" else torch.tensor(asked)
 
     return rule
@@ -224,7 +259,7 @@ def test_adaptive_skipping_follows_its_formulas(criterion: str, name: str, thres
     """On the latents of the scheduler itself; the masks are equal, and so are the images."""
     case, pipe = named(name)
     policy = AdaptiveSkip(threshold, criterion=criterion, warmup_steps=3)
-    with by_hand(CASES[case], pipe, by_formula(policy, pipe)) as trace:
+    with by_hand(CASES[case], pipe, by_formula(policy, pipe, 2)) as trace:
         expected = CASES[case].run(pipe, 12, prompts=2)
     assert not all(trace.mask)
     assert any(trace.mask[3:-1])
@@ -236,20 +271,25 @@ def test_adaptive_skipping_follows_its_formulas(criterion: str, name: str, thres
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_any_sample_of_a_batch_can_ask_for_a_call(criterion: str) -> None:
-    case, pipe = CASES["sd"], built("sd")
-    policy = AdaptiveSkip(CRITERIA[criterion]["sd/ddim"], criterion=criterion, warmup_steps=3, decision="batch_any")
-    with by_hand(case, pipe, by_formula(policy, pipe)) as trace:
+@pytest.mark.parametrize("name", ["sd", "text_to_video", "animatediff"])
+def test_any_sample_of_a_batch_can_ask_for_a_call(name: str, criterion: str) -> None:
+    """A sample may be a video, whichever way the pipeline lays its frames out for the scheduler."""
+    case, pipe = CASES[name], built(name)
+    threshold = {"displacement_magnitude": 0.02, "third_difference": 0.05, "embedded_error": 0.02}[criterion]
+    policy = AdaptiveSkip(threshold, criterion=criterion, warmup_steps=3, decision="batch_any")
+    with by_hand(case, pipe, by_formula(policy, pipe, 3)) as trace:
         expected = case.run(pipe, 12, prompts=3)
     with attach(pipe, policy) as handle:
         found = case.run(pipe, 12, prompts=3)
     assert handle.ledger.mask == trace.mask
+    assert not all(trace.mask)
+    assert any(trace.mask[3:-1])
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("extrapolate", [False, True])
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", ["sd/ddim", "sd/euler", "pixart"])
+@pytest.mark.parametrize("name", ["sd/ddim", "sdxl", "pixart"])
 def test_every_sample_is_skipped_by_its_own_decision(name: str, criterion: str, extrapolate: bool) -> None:
     """Rows that are packed, against a loop that computes all rows and uses those that were asked for."""
     case, pipe = named(name)
@@ -257,7 +297,7 @@ def test_every_sample_is_skipped_by_its_own_decision(name: str, criterion: str, 
     policy = AdaptiveSkip(
         threshold, criterion=criterion, warmup_steps=3, decision="per_sample", extrapolate=extrapolate
     )
-    with by_hand(CASES[case], pipe, by_formula(policy, pipe), line(pipe) if extrapolate else held) as trace:
+    with by_hand(CASES[case], pipe, by_formula(policy, pipe, 3), line(pipe) if extrapolate else held) as trace:
         expected = CASES[case].run(pipe, 12, prompts=3)
     with attach(pipe, policy) as handle:
         found = CASES[case].run(pipe, 12, prompts=3)

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from gearshift.integrations.diffusers import attach, beside, ports
 from gearshift.integrations.diffusers.layout import blocks_of
-from gearshift.policies import AttentionReuse, DeepFeatureReuse, ExitSchedule, FixedDepth, Planned, SkipEvery
+from gearshift.policies import (
+    AttentionReuse,
+    DeepFeatureReuse,
+    ExitSchedule,
+    FixedDepth,
+    Planned,
+    SkipEvery,
+)
 
 from .tiny import CASES, Case, liven, pictures, sd_parts
 
@@ -25,7 +32,6 @@ UNETS = [
     "ddim",
     "text_to_video",
     "animatediff",
-    "image_to_video",
     "svd",
     "sd_controlnet",
     "sd_multicontrolnet",
@@ -406,10 +412,10 @@ def test_depth_and_reuse_at_once(name: str) -> None:
 # Plans ---------------------------------------------------------------------------------------------------------------
 
 
-def planned(case: Case, pipe: Any, **what: Any) -> Planned:
-    """A plan for an unguided run of a pipeline."""
+def planned(case: Case, pipe: Any, branches: int = 2, **what: Any) -> Planned:
+    """A plan for a pipeline, with or without guidance."""
     with attach(pipe, SkipEvery(2)) as handle:
-        case.run(pipe, steps=6, guidance=1.0)
+        case.run(pipe, steps=6, guidance=float(branches))
         levels = [step.call.log_snr for step in handle.ledger.steps]
         network = handle.network
     fields: dict[str, Any] = dict(
@@ -417,21 +423,24 @@ def planned(case: Case, pipe: Any, **what: Any) -> Planned:
         blocks=len(network.blocks),
         solver="ddim",
         log_snr=levels,
-        call=[1] * 6,
+        branches=branches,
+        call=[branches] * 6,
         depth=[0] * 6,
         reuse=[{} for _ in range(6)],
     )
     return Planned(**fields | what)
 
 
-def test_a_plan_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_plan_is_followed(branches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Skipped calls, reuse of attention and of deep features in one run."""
     case, pipe, _ = prepared("sd")
     spoil(monkeypatch)
     inside = 11  # up.1.1, before the last merge
     reuse: list[dict[int, str]] = [{}, {0: "qk", 10: "cross.output"}, {}, {inside: "block"}, {}, {1: "self.map"}]
-    with attach(pipe, planned(case, pipe, call=[1, 1, 0, 1, 1, 1], reuse=reuse)) as handle:
-        found = case.run(pipe, steps=6, guidance=1.0)
+    call = [branches * computed for computed in (1, 1, 0, 1, 1, 1)]
+    with attach(pipe, planned(case, pipe, branches, call=call, reuse=reuse)) as handle:
+        found = case.run(pipe, steps=6, guidance=float(branches))
         ledger = handle.ledger
         blocks = handle.network.blocks
         assert handle.network.block("up.1.1") == inside
@@ -445,11 +454,12 @@ def test_a_plan_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
             reuse[k] if ledger.mask[k] else {} for k in range(6)
         ]
         assert not ledger.notes
-        assert ledger.calls_per_sample == 5
+        assert ledger.calls_per_sample == 5 * branches
     assert found.isfinite().all()
 
 
-def test_plans_are_what_schedules_are() -> None:
+@pytest.mark.parametrize("branches", [1, 2])
+def test_plans_are_what_schedules_are(branches: int) -> None:
     case, pipe, _ = prepared("sd")
     for policy, what in (
         (DeepFeatureReuse(interval=2), dict(reuse=[{11: "block"} if odd(k) else {} for k in range(6)])),
@@ -457,20 +467,23 @@ def test_plans_are_what_schedules_are() -> None:
             AttentionReuse(operator="qk", last=2, layers=[0, 5]),
             dict(reuse=[{0: "qk", 5: "qk"} if k >= 4 else {} for k in range(6)]),
         ),
-        (SkipEvery(3, extrapolate=True), dict(call=[1, 1, 0, 1, 1, 1], forecast=[0, 0, 1, 0, 0, 0])),
+        (
+            SkipEvery(3, extrapolate=True),
+            dict(call=[branches * (k != 2) for k in range(6)], forecast=[int(k == 2) for k in range(6)]),
+        ),
     ):
         with attach(pipe, policy) as handle:
-            expected = case.run(pipe, steps=6, guidance=1.0)
+            expected = case.run(pipe, steps=6, guidance=float(branches))
             hits = handle.ledger.hits
-        with attach(pipe, planned(case, pipe, **what)) as handle:
-            assert torch.equal(case.run(pipe, steps=6, guidance=1.0), expected)
+        with attach(pipe, planned(case, pipe, branches, **what)) as handle:
+            assert torch.equal(case.run(pipe, steps=6, guidance=float(branches)), expected)
             assert handle.ledger.hits == hits
 
 
 def test_plans_choose_depths() -> None:
     case, pipe, _ = prepared("dit")
     depths = [0, 2, 4, 1, 0, 3]
-    with attach(pipe, planned(case, pipe, depth=depths)) as handle:
+    with attach(pipe, planned(case, pipe, 1, depth=depths)) as handle:
         found = case.run(pipe, steps=6, guidance=1.0)
         assert sum(handle.ledger.hits.values()) == sum(4 - (depth or 4) for depth in depths)
     calls: list[int] = []

@@ -25,6 +25,7 @@ from gearshift.integrations.diffusers.scheduler import PipelineSolver, PipelineS
 from gearshift.policies import AttentionReuse, DeepFeatureReuse, Full, Planned, SkipEvery
 from gearshift.runtime.errors import UsageError
 
+from ..captioned import save_squares
 from .tiny import CASES, TEXTS, photos
 
 STEPS = 6
@@ -240,6 +241,30 @@ def test_evaluate_compares_policies_on_prompts(run: str, prompts: Path, tmp_path
     assert "rows" in report
     ledger = np.load(tmp_path / "report" / "ledgers" / "skip-every-2.npz")
     assert ledger["called"].shape == (STEPS, 2, 4) and ledger["called"].any(1).sum() == 4 * (STEPS - 2)
+
+
+def test_captions_are_prompts_and_their_images_what_is_compared_with(folder: Path, tmp_path: Path) -> None:
+    root = save_squares(tmp_path / "squares", size=16)
+    data = ["data=captions", f"data.path={root}", "data.size=16"]
+    found = answer("import", f"pipeline={folder}", f"runs_dir={tmp_path}", "+call={height: 16, width: 16}", *data)
+    loaded = gearshift.load(found["run"])
+    prompts = loaded.prompts("data")
+    assert prompts.texts[0] == loaded.prompts([prompts.texts[0]]).texts[0] and "first captions" in prompts.describe()
+    told = answer(
+        "evaluate",
+        f"run={found['run']}",
+        "prompts=data",
+        "evaluation=pipeline",
+        "evaluation.metrics=[fd@random_conv]",
+        "evaluation.min_images=2",
+        f"evaluation.solvers.pipeline.steps={STEPS}",
+        "evaluation.num_images=2",
+        "evaluation.chunk=2",
+        "evaluation.timing_images=0",
+        "evaluation.equal_macs=false",
+    )
+    for row in told["rows"]:
+        assert any(name.startswith("fd_random") and value > 0 for name, value in row.items() if value is not None)
 
 
 def test_a_plan_is_made_and_carried_out(run: str, prompts: Path, tmp_path: Path) -> None:

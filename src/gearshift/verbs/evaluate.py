@@ -60,8 +60,11 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
 
         data, split = None, without_data(loaded.denoiser)
     else:
-        data = pixels_behind(build_data(source, loaded.denoiser.network))
+        own = config.build(source.data) if loaded.is_pipeline else build_data(source, loaded.denoiser.network)
+        data = pixels_behind(own)
         split = data.load(settings.split)
+        if loaded.is_pipeline:
+            _check_size(loaded.denoiser.shape_of_images(), split, cfg.run)
     folder = Path(cfg.out) if cfg.out is not None else loaded.folder.path / "evaluations" / settings.name
     _claim(folder)
     with _alone(folder):  # before the others may write into it
@@ -107,6 +110,17 @@ def _check_alone(settings: Any, run: str) -> None:
         raise UsageError(
             f"evaluation.metrics={asking} compare with data or labels, and run={run} was imported without data=; "
             "import it with data=..., or take evaluation=pipeline"
+        )
+
+
+def _check_size(made: tuple[int, ...], split: Any, run: str) -> None:
+    """Raises UsageError where a pipeline makes other images than those of the data it is compared with."""
+    own = (split.channels, split.image_size, split.image_size)
+    if made != own:
+        shown = " and ".join("x".join(map(str, shape)) for shape in (made, own))
+        raise UsageError(
+            f"run={run} makes images of, and its data has, {shown}; set data.size, or the pipeline's height and width "
+            "(import +call.height=... +call.width=...)"
         )
 
 

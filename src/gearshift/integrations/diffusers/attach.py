@@ -7,7 +7,6 @@ attention processors do.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -33,13 +32,15 @@ from gearshift.integrations.diffusers.record import Generation
 from gearshift.integrations.diffusers.replay import Listed, Replay
 from gearshift.integrations.diffusers.rows import can_be_picked
 from gearshift.integrations.diffusers.session import Session
+from gearshift.integrations.diffusers.wrapping import Mark, Wrapped
 from gearshift.policies import AdaptiveSkip, Compose, Full, Planned, Policy
 from gearshift.runtime.errors import RunError, UsageError
 
 log = logging.getLogger("gearshift")
 DENOISERS = ("unet", "transformer", "transformer_2")
 HELPERS = ("controlnet",)
-MARK = "_gearshift"
+BRANCHES = ("DiTPipeline",)
+"""Pipelines that hand the latents of both branches of guidance to the scheduler."""
 
 
 def attach(pipe: Any, policy: Policy | Sequence[Policy]) -> Attached:
@@ -67,7 +68,7 @@ class _Root(Hook):
         self._owner, self._path = owner, path
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        session = self._owner.session()
+        session = self._owner.session(args, kwargs)
         if session is None:
             return self.inner(*args, **kwargs)
         return session.denoise(self._path, module, self.branch, self.inner, args, kwargs)
@@ -81,7 +82,7 @@ class _Helper(Hook):
         self._owner, self._number = owner, number
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        session = self._owner.session()
+        session = self._owner.session(args, kwargs)
         if session is None:
             return self.inner(*args, **kwargs)
         return session.beside.call(self._number, module, self.inner, args, kwargs)
@@ -107,7 +108,7 @@ class Attached:
         kind = type(pipe).__name__
         models = {name: getattr(pipe, name, None) for name in DENOISERS}
         denoisers = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
-        self.scheduler = getattr(pipe, "scheduler", None)
+        self.scheduler: Any = getattr(pipe, "scheduler", None)
         if not denoisers:
             raise UsageError(
                 f"{kind} has no denoiser that is called {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}, so there is "
@@ -117,8 +118,8 @@ class Attached:
             raise UsageError(
                 f"{kind} has no scheduler with set_timesteps and step, which tell the policy where a generation is"
             )
-        if hasattr(self.scheduler, MARK) or any(hasattr(model, MARK) for model in denoisers.values()):
-            held = getattr(self.scheduler, MARK, None) or next(iter(denoisers.values()))._gearshift
+        held = next((found for thing in (self.scheduler, *denoisers.values()) if (found := Mark.on(thing))), None)
+        if held is not None:
             raise UsageError(
                 f"{kind} already has the policy {held!r}, and {policy.name!r} is to be attached; detach the first, or "
                 "attach both at once: attach(pipe, [first, second])"
@@ -141,6 +142,8 @@ class Attached:
         _check_rows(policy, self.network)
         self.denoiser_names = list(denoisers)
         self.helper_names = [name for name in HELPERS if isinstance(getattr(pipe, name, None), nn.Module)]
+        self._helpers: dict[str, nn.Module] = {name: getattr(pipe, name) for name in self.helper_names}
+        self.steps_with_branches = kind in BRANCHES
         self._inner: Inner | None = None
         self._session: Session | None = None
         self._last: Generation | None = None
@@ -151,58 +154,58 @@ class Attached:
             Interposed(model, _Root(self, path)) for path, model in enumerate(self.network.denoisers.values())
         ]
         self._interposed += [
-            Interposed(getattr(pipe, name), _Helper(self, number)) for number, name in enumerate(self.helper_names)
+            Interposed(model, _Helper(self, number)) for number, model in enumerate(self._helpers.values())
         ]
         for model in self._models():
             renew(model)
-            setattr(model, MARK, policy.name)
-        setattr(self.scheduler, MARK, policy.name)
-        self._wrap_scheduler()
+            Mark(model, policy.name)
+        Mark(self.scheduler, policy.name)
+        scheduler: Any = self.scheduler
+        self._step_names = list(inspect.signature(scheduler.step).parameters)
+        self._wrapped = Wrapped(self.scheduler, {"set_timesteps": self._began, "step": self._stepped})
+
+    def _components(self) -> Iterable[tuple[str, nn.Module]]:
+        yield from self.network.denoisers.items()
+        yield from self._helpers.items()
 
     def _models(self) -> Iterable[nn.Module]:
-        yield from self.network.denoisers.values()
-        yield from (getattr(self.pipe, name) for name in self.helper_names)
+        return (model for _, model in self._components())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
+        return self  # a copied model is not to bring the pipeline with it
 
     # The scheduler ---------------------------------------------------------------------------------------------------
 
-    def _wrap_scheduler(self) -> None:
-        scheduler: Any = self.scheduler
-        set_timesteps, step = scheduler.set_timesteps, scheduler.step
-        names = list(inspect.signature(step).parameters)
-
-        @functools.wraps(set_timesteps)
-        def starting(*args: Any, **kwargs: Any) -> Any:
-            result = set_timesteps(*args, **kwargs)
-            self._start()
-            return result
-
-        @functools.wraps(step)
-        def stepping(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            session = self._session
-            if session is not None:
-                given = {**dict(zip(names, args, strict=False)), **kwargs}
-                after = result[0] if isinstance(result, tuple) else result.prev_sample
-                session.stepped(given["sample"], given["model_output"], given["timestep"], after)
-                replay = session.replay
-                if replay is not None and session.clock.made == replay.start.made:
-                    result = replay.resume(session, result)
-                if session.over:
-                    self._finish()
-                if self.on_step is not None:
-                    self.on_step(session.record, after)
-            return result
-
-        scheduler.set_timesteps, scheduler.step = starting, stepping
-
-    def _start(self) -> None:
-        """A generation begins: nothing of the last one is left, however that ended."""
+    def _began(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """The scheduler was given timesteps: nothing of the last generation is left, however that ended."""
         self._finish()
         for one in self._interposed:
             one.settle()
         if self._inner is not None:
             self._inner.settle()
-        self._pending = True
+        gone = [name for name, model in self._components() if getattr(self.pipe, name, None) is not model]
+        self._pending = not gone
+        if gone:
+            self._last = None
+            self._tell_lost(f"{gone[0]} of the pipeline was exchanged")
+        return result
+
+    def _stepped(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """The scheduler has made a step."""
+        session = self._session
+        if session is None:
+            return result
+        given = {**dict(zip(self._step_names, args, strict=False)), **kwargs}
+        after = result[0] if isinstance(result, tuple) else result.prev_sample
+        session.stepped(given["sample"], given["model_output"], given["timestep"], after)
+        replay = session.replay
+        if replay is not None and session.clock.made == replay.start.made:
+            result = replay.resume(session, result)
+        if session.over:
+            self._finish()
+        if self.on_step is not None:
+            self.on_step(session.record, after)
+        return result
 
     def _finish(self) -> None:
         session, self._session = self._session, None
@@ -215,20 +218,24 @@ class Attached:
                 "%s never fired: all %d steps were computed in full", session.record.policy, len(session.record.steps)
             )
 
-    def session(self) -> Session | None:
-        """The generation that is under way; None where a model is called outside of one."""
+    def session(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session | None:
+        """The generation that a call belongs to; None where it belongs to none."""
         if self._pending:
             self._pending = False
             self._session = Session(self)
-        if self._session is None and not self._lost:
-            self._lost = True
-            own = getattr(self.pipe, "scheduler", None)
-            exchanged = f"; the scheduler was exchanged for a {type(own).__name__}: detach, and attach again"
-            reason = "" if own is self.scheduler else exchanged
-            log.warning(
-                "%s: a model was called outside of a generation, and computed in full%s", self.policy.name, reason
-            )
+        exchanged = getattr(self.pipe, "scheduler", None) is not self.scheduler
+        if self._session is not None and (exchanged or not self._session.expects(args, kwargs)):
+            self._finish()
+        if self._session is None:
+            self._tell_lost("the scheduler of the pipeline was exchanged" if exchanged else "")
         return self._session
+
+    def _tell_lost(self, reason: str) -> None:
+        if not self._lost:
+            self._lost = True
+            why = f" ({reason}: detach, and attach again)" if reason else ""
+            name = self.policy.name
+            log.warning("%s: a model was called outside of a generation, and computed in full%s", name, why)
 
     def guided(self) -> Any:
         """Whether the pipeline guides at this moment, where it says so."""
@@ -256,7 +263,7 @@ class Attached:
                         f"policy {self.policy.name} reaches into {name}, which is compiled as a whole; compile its "
                         f"blocks instead (pipe.{name}.compile_repeated_blocks())"
                     )
-            helpers = [net for name in self.helper_names for net in _nets(getattr(self.pipe, name))]
+            helpers = [net for helper in self._helpers.values() for net in _nets(helper)]
             self._inner = Inner(self.network, helpers, attention, blocks, self._shapes)
             for model in self._models():
                 renew(model)
@@ -304,6 +311,7 @@ class Attached:
         """
         if not self._attached:
             return
+        self._wrapped.check()
         self._finish()
         self._pending = False
         if self._inner is not None:
@@ -311,11 +319,11 @@ class Attached:
             self._inner = None
         for one in reversed(self._interposed):
             one.withdraw()
-        for name in ("set_timesteps", "step", MARK):
-            vars(self.scheduler).pop(name, None)
+        self._wrapped.withdraw()
+        Mark.off(self.scheduler)
         for model in self._models():
             renew(model)
-            vars(model).pop(MARK, None)
+            Mark.off(model)
         self._attached = False
 
     def __enter__(self) -> Attached:

@@ -73,7 +73,7 @@ class Beside:
     def _possible(self, plan: StepPlan) -> StepPlan:
         """The plan as far as the memory of every branch allows."""
         assert self._session.inner is not None
-        memories = list(self._session.memories())
+        memories = self._session.memories()
         if not memories:
             return replace(plan, reuse=frozenset())
         for memory in memories:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from gearshift.diffusion.solvers.base import Call
 from gearshift.diffusion.solvers.scheduler_classes import SCHEDULERS
@@ -31,7 +34,8 @@ def timeline(scheduler: Any, first: int = 0) -> Timeline:
     Raises:
         UsageError: the class says nothing of its noise levels that is understood.
     """
-    times = [float(time) for time in scheduler.timesteps]
+    scheduler = _on_host(scheduler)
+    times: list[float] = scheduler.timesteps.double().tolist()
     flow = is_flow(scheduler)
     amplitudes = [_of_flow(s) if flow else _of_ratio(s) for s in _levels(scheduler, len(times))]
     size = float(scheduler.config.get("num_train_timesteps", 1000))
@@ -72,6 +76,15 @@ def is_flow(scheduler: Any) -> bool:
     config = scheduler.config
     named = "FlowMatch" in type(scheduler).__name__
     return named or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+
+
+def _on_host(scheduler: Any) -> Any:
+    """A view of a scheduler whose tensors lie on the host: its timesteps may lie on a device, its tables do not."""
+    view = copy.copy(scheduler)
+    for name, value in vars(scheduler).items():
+        if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
+            setattr(view, name, value.cpu())
+    return view
 
 
 def _levels(scheduler: Any, count: int) -> list[float]:

@@ -28,8 +28,10 @@ def shown_of(
 
     Args:
         called: rows that were evaluated, branch after branch, host bool.
-        sample, output, after: of the scheduler's step, [B, ...], or [B * frames, ...].
+        sample, output, after: of the scheduler's step, [B, ...], or [B * frames, ...], or with both branches [2B, ...].
     """
+    if sample.shape[0] == run.num_rows != run.batch:  # each branch is stepped, and all are alike
+        sample, output, after = (x[: run.batch] for x in (sample, output, after))
     evaluated = torch.zeros(run.num_rows, dtype=torch.bool)
     evaluated[: len(called)] = called
     eps = output if output.shape == sample.shape else output[:, : sample.shape[1]]

@@ -75,12 +75,18 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     raise LookupError("the denoiser was called without a tensor of latents")
 
 
-def timestep_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """The first of the timesteps of a call, if one is given where models of the library take it."""
+def timestep_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float | None:
+    """The timesteps of a call, if they are given where models of the library take them."""
     value = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     if isinstance(value, Tensor):
-        return float(value.flatten()[0]) if value.numel() else None
+        return value if value.numel() else None
     return float(value) if isinstance(value, int | float) else None
+
+
+def timestep_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """The first of them, as a number."""
+    value = timestep_argument(args, kwargs)
+    return float(value.flatten()[0]) if isinstance(value, Tensor) else value
 
 
 Signature = tuple[Any, ...]
@@ -99,4 +105,6 @@ def same_but_rows(a: Signature, b: Signature) -> bool:
 
 def shown(signature: Signature) -> str:
     """For messages."""
-    return f"{'x'.join(map(str, signature[0]))} {str(signature[1]).removeprefix('torch.')}"
+    shape, dtype, device, as_object = signature
+    kind = str(dtype).removeprefix("torch.")
+    return f"{'x'.join(map(str, shape))} {kind} on {device}{'' if as_object else ' (return_dict=False)'}"

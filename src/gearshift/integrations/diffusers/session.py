@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,10 @@ class Session:
         """Whether every step was made."""
         return self._started and self.clock.made >= len(self.run.calls)
 
+    def expects(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call can be of this generation."""
+        return not self._started or self.clock.is_ours(args, kwargs)
+
     # Decisions -------------------------------------------------------------------------------------------------------
 
     def decide(self, path: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepPlan:
@@ -153,6 +157,8 @@ class Session:
         self.broken = True
         self.plan = FULL
         self.forget()
+        if self.inner is not None:
+            self.inner.calm()
         if not self._warned:
             self._warned = True
             self.record.notes.append(f"full compute from step {self.clock.made} on: {reason}")
@@ -214,9 +220,8 @@ class Session:
     ) -> Work:
         """All that is decided before a denoiser is called."""
         x = first_tensor(args, kwargs)
-        plan = self.decide(path, args, kwargs)
+        plan, self._row, rows = self.decide(path, args, kwargs), tuple(x.shape[1:]), x.shape[0]
         assert self.step is not None
-        rows, self._row = x.shape[0], tuple(x.shape[1:])
         key: str | int = len(self.step.branches) if branch is None else branch
         signature = signature_of(args, kwargs)
         before = self.remembered.get(key)
@@ -320,9 +325,9 @@ class Session:
             self.fall_back(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}")
             return None
 
-    def memories(self) -> Iterator[Memory]:
+    def memories(self) -> list[Memory]:
         """Of every branch."""
-        return (memory for _, memory in self.kept.values())
+        return [memory for _, memory in self.kept.values()]
 
     def _at(self) -> float:
         assert self.step is not None
@@ -347,11 +352,14 @@ class Session:
         assert self.step is not None
         if not self.record.steps:
             self._settle_first(sample, timestep)
+        elif self.clock.made == 1 and self.clock.began_later(timestep):
+            self._open(self.run.batch, self.run.branches)
+            self.record.steps[0].call, self.step.call = self.run.calls[:2]
         elif not self.broken and not self.clock.is_now(timestep):
             self.fall_back(f"the scheduler stepped at {number(timestep):g} where {self.clock.now:g} was next")
         step = self.step
-        step.kept_bytes = sum(one.num_bytes for one in self.remembered.values())
-        step.kept_bytes += sum(memory.num_bytes for _, memory in self.kept.values())
+        held: list[Any] = [*self.remembered.values(), *self.memories()]
+        step.kept_bytes = sum(one.num_bytes for one in held)
         self.record.steps.append(step)
         if not self.policy.static and not self.broken and not self.replays:
             self._observe(step, sample, output, after)
@@ -364,23 +372,24 @@ class Session:
         # Pipelines of video may step with the frames of all samples in a row.
         framed = len(self._row) == sample.ndim
         batch = sample.numel() // math.prod(self._row) if framed else len(sample)
+        if batch % 2 == 0 and self.attached.steps_with_branches and torch.equal(*sample.chunk(2)):
+            batch //= 2
         self.record.batch = max(batch, 1)
         if wrong is None and (rows == 0 or batch == 0 or rows % batch or len(sample) % batch):
             wrong = f"the denoiser was called for {rows} rows, and there are {len(sample)} latents"
         if wrong is not None:
             self.fall_back(wrong)
-            return
-        self._open(batch, rows // batch)
-        self.step.call = self.run.calls[0]
+        else:
+            self._open(batch, rows // batch)
+            self.step.call = self.run.calls[0]
 
     def _observe(self, step: Step, sample: Tensor, output: Tensor, after: Tensor) -> None:
         called, batch = rows_of(step.branches), self.run.batch
-        call = step.call
         if len(called) % batch or len(called) > self.run.num_rows:
             self.fall_back(f"the denoiser was called for {len(called)} rows, and there are {batch} samples")
             return
-        before, following, seen = shown_of(self.run, call, called, sample, output, after)
-        self.state = self.policy.observe(self.state, call, before, following, seen)
+        before, following, seen = shown_of(self.run, step.call, called, sample, output, after)
+        self.state = self.policy.observe(self.state, step.call, before, following, seen)
 
     def close(self) -> None:
         """The generation is over, or was broken off: free what was held."""

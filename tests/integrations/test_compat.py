@@ -1,0 +1,521 @@
+"""Hooks before single modules: they are seen, they follow compilation, and they go without a trace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from gearshift.integrations.diffusers import attach
+from gearshift.integrations.diffusers.compat import (
+    HOOK,
+    Hook,
+    Interposed,
+    Passed,
+    enabled_cache,
+    hook_names,
+    is_wholly_compiled,
+    is_wrapped_by_compiler,
+    private_to_hooks,
+    renew,
+    strip_hooks,
+)
+from gearshift.policies import SkipEvery
+from gearshift.runtime.errors import UsageError
+
+from .tiny import CASES
+
+X = torch.ones(2, 3)
+
+
+class Counting(Hook):
+    """Counts calls, and adds something to the output."""
+
+    def __init__(self, plus: float = 0.0) -> None:
+        super().__init__()
+        self.calls, self.plus = 0, plus
+        self.branches: list[str | None] = []
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        self.branches.append(self.branch)
+        return self.inner(*args, **kwargs) + self.plus
+
+
+class Before(ModelHook):
+    """Of another library: looks at what goes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return args, kwargs
+
+
+class Instead(ModelHook):
+    """Of another library: stands in the place of the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    yield
+    dynamo.reset()
+
+
+class Layer(nn.Module):
+    """Of a class that is compiled like any other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(9.0).view(3, 3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def layer() -> Layer:
+    return Layer()
+
+
+def untouched(module: nn.Module) -> bool:
+    return not {"forward", "_diffusers_hook"} & set(vars(module))
+
+
+def foreign(module: nn.Module, hook: ModelHook, name: str = "foreign") -> ModelHook:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+    return hook
+
+
+# Plain modules -------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_module() -> None:
+    module, hook = layer(), Counting(plus=2.0)
+    expected = module(X)
+    one = Interposed(module, hook)
+    assert torch.equal(module(X), expected + 2)
+    assert torch.equal(module(x=X), expected + 2)
+    assert torch.equal(hook.inner(X), expected)
+    assert hook.calls == 2
+    one.settle()
+    assert torch.equal(module(X), expected + 2)
+    for _ in range(2):
+        one.withdraw()
+        assert untouched(module)
+        assert torch.equal(module(X), expected)
+    assert hook.calls == 3
+    again = Interposed(module, hook)
+    assert torch.equal(module(X), expected + 2)
+    again.withdraw()
+    assert untouched(module)
+
+
+def test_the_forward_of_the_instance_comes_back() -> None:
+    """Where it is not that of its class."""
+    module, hook = layer(), Counting()
+
+    def own(x: Tensor) -> Tensor:
+        return x * 5
+
+    module.forward = own  # type: ignore[method-assign]
+    one = Interposed(module, hook)
+    assert torch.equal(module(X), X * 5)
+    one.withdraw()
+    assert vars(module)["forward"] is own
+    assert not hasattr(module, "_diffusers_hook")
+    assert hook.calls == 1
+
+
+def test_an_empty_registry_that_was_there_stays() -> None:
+    module = layer()
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    one = Interposed(module, Counting())
+    assert list(hook_names(module)) == [(HOOK, __name__)]
+    one.withdraw()
+    assert module._diffusers_hook is registry
+    assert not registry.hooks
+    assert "forward" not in vars(module)
+
+
+def test_the_signature_is_that_of_the_module() -> None:
+    """Pipelines of the library look at it to know what a model takes."""
+    import inspect
+
+    pipe = CASES["sd"].build()
+    before = inspect.signature(pipe.unet.forward)
+    one = Interposed(pipe.unet, Counting())
+    assert inspect.signature(pipe.unet.forward) == before
+    one.withdraw()
+    assert inspect.signature(pipe.unet.forward) == before
+
+
+# Other hooks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Before, Instead])
+def test_a_hook_that_was_there_before(kind: Any) -> None:
+    """Ours goes first, as when a policy is attached to a pipeline that is offloaded."""
+    module = layer()
+    expected = module(X)
+    other: Any = foreign(module, kind())
+    inner = module.forward
+    hook = Counting(plus=1.0)
+    one = Interposed(module, hook)
+    assert torch.equal(module(X), expected + 1)
+    assert (hook.calls, other.calls) == (1, 1)
+    one.withdraw()
+    assert torch.equal(module(X), expected)
+    assert (hook.calls, other.calls) == (1, 2)
+    assert module.forward == inner
+    assert list(module._diffusers_hook.hooks) == ["foreign"]
+    module._diffusers_hook.remove_hook("foreign")
+    assert torch.equal(module(X), expected)
+    assert other.calls == 2
+
+
+@pytest.mark.parametrize("kind", [Before, Instead])
+def test_a_hook_that_came_after_and_goes_before(kind: Any) -> None:
+    module = layer()
+    expected = module(X)
+    hook = Counting(plus=1.0)
+    one = Interposed(module, hook)
+    other: Any = foreign(module, kind())
+    assert torch.equal(module(X), expected + 1)
+    assert (hook.calls, other.calls) == (1, 1)
+    module._diffusers_hook.remove_hook("foreign")
+    assert torch.equal(module(X), expected + 1)
+    assert (hook.calls, other.calls) == (2, 1)
+    one.withdraw()
+    assert untouched(module)
+    assert torch.equal(module(X), expected)
+
+
+def test_a_hook_that_came_after_and_stays() -> None:
+    """One that looks at inputs, as those of offloading and of casting do."""
+    module = layer()
+    expected = module(X)
+    hook = Counting(plus=1.0)
+    one = Interposed(module, hook)
+    other: Any = foreign(module, Before())
+    module(X)
+    one.withdraw()
+    assert torch.equal(module(X), expected)
+    assert (hook.calls, other.calls) == (1, 2)
+    assert list(module._diffusers_hook.hooks) == ["foreign"]
+
+
+def test_another_wrapper_is_not_thrown_away() -> None:
+    module, hook = layer(), Counting(plus=1.0)
+    expected = module(X)
+    one = Interposed(module, hook)
+    ours = module.forward
+    module.forward = lambda x: ours(x) * 2  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match=r"^Layer got another wrapper after the policy was attached"):
+        one.withdraw()
+    assert torch.equal(module(X), (expected + 1) * 2)
+    module.forward = ours  # type: ignore[method-assign]
+    one.withdraw()
+    assert untouched(module)
+    assert torch.equal(module(X), expected)
+
+
+def test_two_of_ours_on_one_module() -> None:
+    """Are one too many: which of them would be the first?"""
+    module = layer()
+    one = Interposed(module, Counting())
+    with pytest.raises(ValueError, match="already exists"):
+        Interposed(module, Counting())
+    one.withdraw()
+    assert untouched(module)
+
+
+def test_caches_are_recognised() -> None:
+    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks import apply_layerwise_casting
+
+    pipe = CASES["wan"].build()
+    assert enabled_cache(pipe.transformer) is None
+    apply_layerwise_casting(pipe.vae, torch.float16, torch.float32)
+    assert list(hook_names(pipe.vae))
+    assert enabled_cache(pipe.vae) is None
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    assert enabled_cache(pipe.transformer) == "FirstBlockCacheConfig"
+    pipe.transformer._cache_config = None  # as where hooks were put there by hand
+    assert enabled_cache(pipe.transformer) == "fbc_leader_block_hook"
+
+
+# Compiled modules ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_compiled_module() -> None:
+    """The hook is outside of the graph: nothing of it is traced, so that it may count."""
+    from torch._dynamo.utils import counters
+
+    module, hook = layer(), Counting(plus=1.0)
+    expected = module(X)
+    module.compile(backend="eager", fullgraph=True)
+    compiled = module._compiled_call_impl
+    counters.clear()
+    one = Interposed(module, hook)
+    assert untouched(module)
+    for _ in range(3):
+        assert torch.equal(module(X), expected + 1)
+    assert hook.calls == 3
+    assert counters["stats"]["unique_graphs"] == 1
+    one.settle()
+    assert torch.equal(module(X), expected + 1)
+    one.withdraw()
+    assert module._compiled_call_impl is compiled
+    assert torch.equal(module(X), expected)
+    assert hook.calls == 4
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_module_that_is_compiled_later() -> None:
+    """And again, and then no longer."""
+    module, hook = layer(), Counting(plus=1.0)
+    expected = module(X)
+    one = Interposed(module, hook)
+    module.compile(backend="eager")
+    first = module._compiled_call_impl
+    one.settle()
+    assert untouched(module)
+    assert torch.equal(module(X), expected + 1)
+    module.compile(backend="eager")
+    second = module._compiled_call_impl
+    assert second is not first
+    one.settle()
+    assert torch.equal(module(X), expected + 1)
+    assert hook._compiled is second
+    module._compiled_call_impl = None
+    one.settle()
+    assert not untouched(module)
+    assert torch.equal(module(X), expected + 1)
+    assert hook.calls == 3
+    one.withdraw()
+    assert untouched(module)
+    assert torch.equal(module(X), expected)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_module_that_is_compiled_and_withdrawn_from_at_once() -> None:
+    module, hook = layer(), Counting(plus=1.0)
+    expected = module(X)
+    one = Interposed(module, hook)
+    module.compile(backend="eager")
+    one.withdraw()
+    assert untouched(module)
+    assert torch.equal(module(X), expected)
+    assert hook.calls == 0
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_compiled_call_that_was_exchanged_is_not_taken_back() -> None:
+    module, hook = layer(), Counting(plus=1.0)
+    module.compile(backend="eager")
+    one = Interposed(module, hook)
+    module.compile(backend="eager")
+    last = module._compiled_call_impl
+    one.withdraw()
+    assert module._compiled_call_impl is last
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_is_compiled_is_recognised() -> None:
+    module = layer()
+    assert not is_wholly_compiled(module)
+    wrapped: Any = torch.compile(module, backend="eager")
+    assert is_wrapped_by_compiler(wrapped)
+    assert is_wholly_compiled(wrapped)
+    assert not is_wrapped_by_compiler(module)
+    module.compile(backend="eager")
+    assert is_wholly_compiled(module)
+    assert not is_wrapped_by_compiler(module)
+    assert not is_wholly_compiled(nn.Sequential(module))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_copies_can_be_freed_of_hooks() -> None:
+    import copy
+
+    module = layer()
+    expected = module(X)
+    foreign(module, Before())
+    one = Interposed(module, Counting(plus=1.0))
+    things = private_to_hooks(module)
+    assert len(things) == 2
+    twin = copy.deepcopy(module, {id(thing): None for thing in things})
+    strip_hooks(twin)
+    assert untouched(twin)
+    assert torch.equal(twin(X), expected)
+    module.compile(backend="eager")
+    one.settle()
+    twin = copy.deepcopy(module, {id(thing): None for thing in private_to_hooks(module)})
+    strip_hooks(twin)
+    assert twin._compiled_call_impl is None
+    assert torch.equal(twin(X), expected)
+
+
+# Branches ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "expected"), [("wan", ["cond", "uncond"]), ("flux_cfg", ["cond", "uncond"])])
+def test_the_names_of_branches_reach_the_hook(name: str, expected: list[str]) -> None:
+    case = CASES[name]
+    pipe = case.build()
+
+    class Listening(Counting):
+        def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.branches.append(self.branch)
+            return self.inner(*args, **kwargs)
+
+    hook, inner = Listening(), Listening()
+    blocks = getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks
+    both = [Interposed(pipe.transformer, hook), Interposed(blocks[1], inner)]
+    renew(pipe.transformer)
+    case.run(pipe, steps=2)
+    assert [branch for branch in hook.branches if branch not in expected] == []
+    assert hook.branches == inner.branches
+    assert sorted(set(hook.branches), key=str) == expected
+    assert len(hook.branches) == 4
+    assert hook.branches[:2] == hook.branches[2:]
+    assert hook.branch is None
+    for one in reversed(both):
+        one.withdraw()
+    renew(pipe.transformer)
+    assert untouched(blocks[1])
+
+
+def test_contexts_by_name_and_by_object() -> None:
+    """As the two latest releases of the library hand them over."""
+    from diffusers.hooks.hooks import CacheContext
+
+    hook = Counting()
+    assert hook.branch is None
+    hook.context.set_context("cond")
+    assert hook.branch == "cond"
+    hook.context.set_context(CacheContext("uncond", step_index=1))
+    assert hook.branch == "uncond"
+    hook.context.set_context(None)
+    assert hook.branch is None
+    hook.context.set_context("cond")
+    assert hook.reset_state(nn.Identity()) is not None
+    assert hook.branch is None
+
+
+def test_pipelines_that_name_no_branch() -> None:
+    pipe = CASES["sd"].build()
+    hook = Counting()
+
+    class First(Counting):
+        def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            hook.branches.append(self.branch)
+            return self.inner(*args, **kwargs)
+
+    one = Interposed(pipe.unet, First())
+    CASES["sd"].run(pipe, steps=2)
+    one.withdraw()
+    assert hook.branches == [None, None]
+
+
+def test_resetting_the_stateful_hooks_of_a_model_keeps_a_policy() -> None:
+    """The library does so after each generation, and between runs of its caches."""
+    case = CASES["wan"]
+    pipe = case.build()
+    with attach(pipe, SkipEvery(2)) as handle:
+        expected = case.run(pipe, steps=4)
+        pipe.transformer._reset_stateful_cache()
+        pipe.transformer._diffusers_hook.reset_stateful_hooks()
+        assert torch.equal(case.run(pipe, steps=4), expected)
+        assert handle.ledger.mask == [True, False, True, True]
+
+
+# Blocks that are passed by -------------------------------------------------------------------------------------------
+
+
+class Unknown(nn.Module):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+def test_a_block_that_the_library_does_not_describe() -> None:
+    with pytest.raises(KeyError, match="Unknown"):
+        Passed(Unknown())
+    with pytest.raises(KeyError, match="Layer"):
+        Passed(layer())
+
+
+@functools.cache
+def blocks_of(name: str) -> tuple[nn.Module, ...]:
+    transformer = CASES[name].build().transformer
+    lists = ("transformer_blocks", "single_transformer_blocks", "blocks")
+    return tuple(block for some in lists for block in getattr(transformer, some, ()))
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "wan"])
+def test_blocks_of_images_alone(name: str) -> None:
+    hidden, other = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    for block in blocks_of(name):
+        passed = Passed(block)
+        assert passed((hidden, other), {}) is hidden
+        assert passed((), {"encoder_hidden_states": other, "hidden_states": hidden}) is hidden
+        assert passed((hidden,), {"encoder_hidden_states": other}) is hidden
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_blocks_of_images_with_their_text(name: str) -> None:
+    """Text comes first in what they return, and second in what they take."""
+    hidden, text, third = torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 4)
+    for block in blocks_of(name):
+        passed = Passed(block)
+        for args, kwargs in (
+            ((hidden, text, third), {}),
+            ((hidden,), {"temb": third, "encoder_hidden_states": text}),
+            ((), {"encoder_hidden_states": text, "temb": third, "hidden_states": hidden}),
+        ):
+            first, second = passed(args, kwargs)
+            assert first is text
+            assert second is hidden
+
+
+@pytest.mark.parametrize("name", ["dit", "wan", "sd3", "flux"])
+def test_what_a_block_is_passed_with_is_what_it_would_return(name: str) -> None:
+    """The same structure and shapes as its own output."""
+    case = CASES[name]
+    pipe = case.build()
+    seen: list[tuple[nn.Module, Any, Any, Any]] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append((module, args, kwargs, output))
+
+    for some in ("transformer_blocks", "single_transformer_blocks", "blocks"):
+        for block in getattr(pipe.transformer, some, ()):
+            block.register_forward_hook(look, with_kwargs=True)
+    case.run(pipe, steps=2)
+    assert seen
+    for module, args, kwargs, output in seen:
+        found = Passed(module)(args, kwargs)
+        assert isinstance(found, tuple) == isinstance(output, tuple)
+        pairs = zip(found, output, strict=True) if isinstance(output, tuple) else [(found, output)]
+        for one, other in pairs:
+            assert other is None or one.shape == other.shape  # the last block of SD 3 returns no text
