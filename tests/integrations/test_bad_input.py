@@ -148,7 +148,7 @@ def test_another_cache(name: str, config: Any) -> None:
     pipe.transformer.enable_cache(config)
     assert refused(pipe, SKIP) == (
         f"{type(pipe).__name__}.transformer already has the cache {type(config).__name__}, and 'skip every 2' would "
-        "reuse on top of it; disable it first (pipe.transformer.disable_cache())"
+        "reuse on top of it; take one of them away (pipe.transformer.disable_cache())"
     )
     pipe.transformer.disable_cache()
     with attach(pipe, SKIP) as handle:

@@ -25,7 +25,7 @@ from gearshift.integrations.diffusers.compat import (
     renew,
     strip_hooks,
 )
-from gearshift.policies import SkipEvery
+from gearshift.policies import AttentionReuse, FixedDepth, SkipEvery
 from gearshift.runtime.errors import UsageError
 
 from .tiny import CASES
@@ -519,3 +519,69 @@ def test_what_a_block_is_passed_with_is_what_it_would_return(name: str) -> None:
         pairs = zip(found, output, strict=True) if isinstance(output, tuple) else [(found, output)]
         for one, other in pairs:
             assert other is None or one.shape == other.shape  # the last block of SD 3 returns no text
+
+
+def test_a_cache_that_came_after_the_policy_outlives_it() -> None:
+    """The library, when a hook is removed, puts what was before it in the place of the one after it."""
+    from diffusers import FirstBlockCacheConfig
+
+    case, pipe = CASES["wan"], CASES["wan"].build()
+    plain = case.run(pipe)
+    config = FirstBlockCacheConfig(threshold=10.0)
+    pipe.transformer.enable_cache(config)
+    cached = case.run(pipe)
+    pipe.transformer.disable_cache()
+    assert not torch.equal(cached, plain)
+    handle = attach(pipe, FixedDepth(3))
+    case.run(pipe)
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(UsageError, match="already has the cache"):
+        case.run(pipe)
+    handle.detach()
+    assert torch.equal(case.run(pipe), cached)
+    pipe.transformer.disable_cache()
+    assert torch.equal(case.run(pipe), plain)
+
+
+class Looking(ModelHook):  # type: ignore[misc]
+    """Looks on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.seen += 1
+        return args, kwargs
+
+
+def test_a_hook_that_was_there_before_can_be_removed_first() -> None:
+    case, pipe = CASES["sd"], CASES["sd"].build()
+    looking = Looking()
+    registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
+    registry.register_hook(looking, "looking")
+    with attach(pipe, SkipEvery(2)) as handle:
+        registry.remove_hook("looking")
+        case.run(pipe)
+        assert handle.ledger.fired
+    looking.seen = 0
+    case.run(pipe)
+    assert looking.seen == 0
+
+
+def test_what_cannot_be_put_in_leaves_nothing_behind() -> None:
+    """Projections in compiled blocks; and a helper that another pipeline has a policy on."""
+    case, pipe = CASES["wan"], CASES["wan"].build()
+    for block in pipe.transformer.blocks:
+        block.compile(backend="eager")
+    handle = attach(pipe, AttentionReuse(operator="qk", interval=2))
+    with pytest.raises(UsageError, match="is compiled; take operator=output"):
+        case.run(pipe)
+    handle.detach()
+    assert not any("forward" in vars(module) for module in pipe.transformer.modules())
+    one, other = CASES["sd_controlnet"].build(), CASES["sd_controlnet"].build()
+    other.controlnet = one.controlnet
+    with attach(one, SkipEvery(2)):
+        with pytest.raises(UsageError, match="already has the policy 'skip every 2'"):
+            attach(other, SkipEvery(3))
+        assert "forward" not in vars(other.unet) and not hasattr(other.unet, "_gearshift")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gearshift.integrations.diffusers import Attached, attach
+from gearshift.integrations.diffusers import Attached, Generation, attach
 from gearshift.policies import AttentionReuse, DeepFeatureReuse, FixedDepth, Full, Policy, SkipEvery
 from gearshift.runtime.errors import RunError
 
@@ -256,10 +256,24 @@ def test_deep_features_save_what_does_not_run(name: str, branch: int) -> None:
     check(name, DeepFeatureReuse(interval=2, branch=branch))
 
 
-@pytest.mark.parametrize("branch", [0, 4])
+@pytest.mark.parametrize("branch", [0, 4, 5])
 def test_a_controlnet_is_saved_with_its_blocks(branch: int) -> None:
+    """At the deepest cut its middle is read, so all of it runs."""
     check("sd_controlnet", DeepFeatureReuse(interval=2, branch=branch))
+    check("sd_multicontrolnet", DeepFeatureReuse(interval=2, branch=branch))
     check("sd_controlnet", DeepFeatureReuse(interval=2, branch=branch), control_guidance_end=0.5)
+
+
+def test_a_controlnet_that_is_called_for_half_the_rows() -> None:
+    check("sd_controlnet", DeepFeatureReuse(interval=2), guess_mode=True)
+
+
+def test_layers_of_two_denoisers_are_told_apart() -> None:
+    case, pipe = prepared("wan2")
+    with attach(pipe, AttentionReuse(operator="output", interval=2)) as handle:
+        case.run(pipe)
+        assert len({site.name for site in handle.network.sites}) == len(handle.network.sites) == 16
+        assert set(handle.ledger.hits) == {site.name for site in handle.network.sites}
 
 
 @pytest.mark.parametrize(
@@ -487,9 +501,8 @@ def test_nothing_to_count() -> None:
     with attach(pipe, SkipEvery(2)) as handle:
         with pytest.raises(RunError, match="nothing was generated yet"):
             _ = handle.ledger
-        pipe.scheduler.set_timesteps(3)
-        handle.session()
-        with pytest.raises(RunError, match="no denoiser was evaluated in this generation"):
-            _ = handle.ledger.costs
-        with pytest.raises(RunError, match="nothing was generated yet"):
-            handle.ledger.data()
+        begun = Generation(handle.network, "skip every 2")
+    with pytest.raises(RunError, match="no denoiser was evaluated in this generation"):
+        _ = begun.costs
+    with pytest.raises(RunError, match="nothing was generated yet"):
+        begun.data()

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gearshift.diffusion.solvers.base import Call
+from gearshift.execution.plan import StepPlan
 from gearshift.integrations.diffusers import attach, beside, ports
 from gearshift.integrations.diffusers.layout import blocks_of
 from gearshift.policies import (
@@ -22,6 +24,7 @@ from gearshift.policies import (
     Planned,
     SkipEvery,
 )
+from gearshift.policies.base import Policy, RunInfo
 
 from .tiny import CASES, Case, liven, pictures, sd_parts
 
@@ -103,9 +106,10 @@ def _middle(merged: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwa
     return merged(hidden_states, *args, **kwargs)
 
 
-def nan(like: Tensor, device: torch.device) -> Tensor:
+def nan(like: Tensor, device: torch.device, length: int | None = None) -> Tensor:
     """What spoils everything that reads it."""
-    return torch.full(like.shape, torch.nan, dtype=like.dtype, device=device)
+    shape = like.shape if length is None else (length, *like.shape[1:])
+    return torch.full(shape, torch.nan, dtype=like.dtype, device=device)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,3 +495,40 @@ def test_plans_choose_depths() -> None:
     with shallow(pipe.transformer, lambda: depths[len(calls) - 1] or 4):
         assert torch.equal(case.run(pipe, steps=6, guidance=1.0), found)
     watch.remove()
+
+
+class Some(Policy):
+    """Calls the network for some samples of three at the steps that reuse."""
+
+    def plan(self, state: RunInfo, call: Call) -> StepPlan:
+        chosen = [call.position != 3, call.position == 3, True]
+        return StepPlan(call=torch.tensor(chosen * (state.num_rows // 3))) if odd(call.position) else StepPlan()
+
+
+@pytest.mark.parametrize("branch", [0, 1, 5])
+@pytest.mark.parametrize("name", ["sd", "sd_controlnet"])
+def test_some_samples_alone_take_their_own(name: str, branch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others hold their predictions."""
+    case, pipe, _ = prepared(name)
+    held: list[Tensor] = []
+    forward = pipe.unet.forward
+
+    def denoise(*args: Any, **kwargs: Any) -> Any:
+        step = len(held)
+        output = forward(*args, **kwargs)[0]
+        if odd(step):
+            chosen = torch.tensor([step != 3, step == 3, True] * 2)
+            output = torch.where(chosen[:, None, None, None], output, held[-1])
+        held.append(output)
+        return (output.clone(),)
+
+    with cut(pipe.unet, branch, odd):
+        pipe.unet.forward = denoise
+        expected = case.run(pipe, steps=STEPS, prompts=3)
+        del vars(pipe.unet)["forward"]
+    spoil(monkeypatch)
+    with attach(pipe, [Some(), DeepFeatureReuse(interval=2, branch=branch)]) as handle:
+        found = case.run(pipe, steps=STEPS, prompts=3)
+        assert not handle.ledger.notes
+        assert handle.ledger.calls_per_sample == pytest.approx(2 * (1 + 2 / 3 + 1 + 2 / 3))
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-5 * float(expected.std()))

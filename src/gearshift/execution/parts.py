@@ -76,7 +76,7 @@ def attention_of(network: Network) -> dict[int, tuple[AttentionShape, ...]]:
             for shape in parts.get((block, "qk"), ())[::2]  # q, k, ...
         )
         for block, part in parts
-        if part == "output"
+        if part in ("output", "qk")
     }
 
 

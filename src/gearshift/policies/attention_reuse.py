@@ -70,7 +70,7 @@ class AttentionReuse(ScheduledReuse):
         if self.layers is not None:
             return list(self.layers)
         parts, kind = parts_of(network), self._kind(network)
-        return [block for block in sorted(attention_of(network)) if (block, f"{kind}output") in parts]
+        return [b for b in sorted(attention_of(network)) if any((b, f"{kind}{part}") in parts for part in OPERATORS)]
 
     def _kind(self, network: Network) -> str:
         """What stands before the part in plans."""
@@ -94,7 +94,7 @@ class AttentionReuse(ScheduledReuse):
                 f"{self.operator} from; those that have are {attending}"
             )
         chosen = self.blocks_on(network)
-        other = [block for block in chosen if (block, f"{kind}output") not in parts]
+        other = [b for b in chosen if all((b, f"{kind}{part}") not in parts for part in OPERATORS)]
         if other or not chosen:
             raise UsageError(
                 f"policy AttentionReuse: {self.attention}-attention is asked for, and "

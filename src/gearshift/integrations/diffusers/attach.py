@@ -57,6 +57,8 @@ def attach(pipe: Any, policy: Policy | Sequence[Policy]) -> Attached:
         UsageError: the pipeline has no denoiser or scheduler of these names, already has a policy or another cache, or
             the policy does not fit its model.
     """
+    if not isinstance(policy, Policy | list | tuple):
+        raise UsageError(f"{type(policy).__name__} is not a policy; take one, or several, of gearshift.policies")
     return Attached(pipe, policy if isinstance(policy, Policy) else Compose(list(policy)))
 
 
@@ -118,7 +120,9 @@ class Attached:
             raise UsageError(
                 f"{kind} has no scheduler with set_timesteps and step, which tell the policy where a generation is"
             )
-        held = next((found for thing in (self.scheduler, *denoisers.values()) if (found := Mark.on(thing))), None)
+        helpers = [model for name in HELPERS if isinstance(model := getattr(pipe, name, None), nn.Module)]
+        components = (self.scheduler, *denoisers.values(), *helpers)
+        held = next((found for thing in components if (found := Mark.on(thing))), None)
         if held is not None:
             raise UsageError(
                 f"{kind} already has the policy {held!r}, and {policy.name!r} is to be attached; detach the first, or "
@@ -130,12 +134,7 @@ class Attached:
                     f"{kind}.{name} is what torch.compile returned, and decisions have to be made outside of it; "
                     f"compile its blocks instead (pipe.{name}.compile_repeated_blocks()), or pipe.{name}.compile()"
                 )
-            cache = enabled_cache(model)
-            if cache is not None:
-                raise UsageError(
-                    f"{kind}.{name} already has the cache {cache}, and {policy.name!r} would reuse on top of it; "
-                    f"disable it first (pipe.{name}.disable_cache())"
-                )
+            _check_cache(model, f"{kind}.{name}", policy)
         boundary = getattr(pipe, "config", {}).get("boundary_ratio") if len(denoisers) > 1 else None
         self.network = PipelineNetwork(denoisers, boundary) if network is None else network
         policy.fits(self.network)  # type: ignore[arg-type]  # it is run by its own library
@@ -150,12 +149,16 @@ class Attached:
         self._pending = False
         self._lost = False
         self._attached = True
-        self._interposed = [
-            Interposed(model, _Root(self, path)) for path, model in enumerate(self.network.denoisers.values())
-        ]
-        self._interposed += [
-            Interposed(model, _Helper(self, number)) for number, model in enumerate(self._helpers.values())
-        ]
+        self._interposed: list[Interposed] = []
+        try:
+            for path, model in enumerate(self.network.denoisers.values()):
+                self._interposed.append(Interposed(model, _Root(self, path)))
+            for number, model in enumerate(self._helpers.values()):
+                self._interposed.append(Interposed(model, _Helper(self, number)))
+        except BaseException:
+            for one in reversed(self._interposed):
+                one.withdraw()
+            raise
         for model in self._models():
             renew(model)
             Mark(model, policy.name)
@@ -183,6 +186,10 @@ class Attached:
             one.settle()
         if self._inner is not None:
             self._inner.settle()
+        for name, model in self.network.denoisers.items():
+            _check_cache(model, name, self.policy)
+            if self._inner is not None:
+                _check_compiled(model, name, self.policy)
         gone = [name for name, model in self._components() if getattr(self.pipe, name, None) is not model]
         self._pending = not gone
         if gone:
@@ -258,11 +265,7 @@ class Attached:
             self._inner = None
         if self._inner is None:
             for name, model in self.network.denoisers.items():
-                if is_wholly_compiled(model):
-                    raise UsageError(
-                        f"policy {self.policy.name} reaches into {name}, which is compiled as a whole; compile its "
-                        f"blocks instead (pipe.{name}.compile_repeated_blocks())"
-                    )
+                _check_compiled(model, name, self.policy)
             helpers = [net for helper in self._helpers.values() for net in _nets(helper)]
             self._inner = Inner(self.network, helpers, attention, blocks, self._shapes)
             for model in self._models():
@@ -336,6 +339,26 @@ class Attached:
 
     def __repr__(self) -> str:
         return f"Attached({self.policy.name} on {type(self.pipe).__name__}{'' if self._attached else ', detached'})"
+
+
+def _check_cache(model: nn.Module, name: str, policy: Policy) -> None:
+    """Raises UsageError where a model already has another cache."""
+    cache = enabled_cache(model)
+    if cache is not None:
+        how = f" (pipe.{name.rpartition('.')[2]}.disable_cache())" if hasattr(model, "disable_cache") else ""
+        raise UsageError(
+            f"{name} already has the cache {cache}, and {policy.name!r} would reuse on top of it; take one of them away"
+            f"{how}"
+        )
+
+
+def _check_compiled(model: nn.Module, name: str, policy: Policy) -> None:
+    """Raises UsageError where nothing can be decided inside of a model."""
+    if is_wholly_compiled(model):
+        raise UsageError(
+            f"policy {policy.name} reaches into {name}, which is compiled as a whole; compile its blocks instead "
+            f"(pipe.{name}.compile_repeated_blocks())"
+        )
 
 
 def _check_rows(policy: Policy, network: PipelineNetwork) -> None:

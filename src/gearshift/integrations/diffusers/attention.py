@@ -160,7 +160,8 @@ class Whole(Reusing):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.takes == "output":
-            return self.given[0] if len(self.given) == 1 else self.given
+            own = tuple(tensor.clone() for tensor in self.given)  # whoever called may write into it
+            return own[0] if len(own) == 1 else own
         output = self.stock(*args, **kwargs)
         if "output" in self.keeps:
             self.kept_output = output if isinstance(output, tuple) else (output,)
@@ -213,6 +214,14 @@ def stock_of(attention: nn.Module) -> Any:
 def can_be_taken_apart(attention: nn.Module) -> bool:
     """Whether maps can be kept, and not only outputs, queries and keys."""
     return type(stock_of(attention)) in SEPARABLE
+
+
+def gives(attention: nn.Module, part: str) -> bool:
+    """Whether a part of an attention operator can be taken from memory. Processors with weights of their own (those of
+    IP-Adapter) keep their place, so only their queries and keys can."""
+    if part == "qk":
+        return can_be_taken_apart(attention) or bool(projections_of(attention))
+    return can_be_taken_apart(attention) if part == "map" else not isinstance(stock_of(attention), nn.Module)
 
 
 PROJECTIONS = ("to_q", "to_k", "add_q_proj", "add_k_proj")

@@ -99,6 +99,7 @@ class Interposed:
     def settle(self) -> None:
         """Follow a module that has been compiled since, or whose compiled call was taken away."""
         compiled = self.module._compiled_call_impl
+        self._mend()
         moved = compiled is not None if self._outside is None else compiled is not self._outside
         if moved:
             self.withdraw()
@@ -116,6 +117,13 @@ class Interposed:
         self._had_registry = hasattr(module, "_diffusers_hook")
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
         self._own_forward = vars(module)["forward"]
+        self._stands = hook.fn_ref.forward
+
+    def _mend(self) -> None:
+        """When a hook that was there before ours is removed, the library puts what was before it in *our* place."""
+        hook: Any = self.hook
+        if self._outside is None and hook.fn_ref is not None and hook.fn_ref.forward is not self._stands:
+            hook.fn_ref.original_forward, hook.fn_ref.forward = hook.fn_ref.forward, self._stands
 
     def withdraw(self) -> None:
         """Put everything back as it was.
@@ -138,7 +146,14 @@ class Interposed:
                 f"{type(module).__name__} got another wrapper after the policy was attached (offloading?), which "
                 "detaching would throw away; undo that first, then detach, or attach after it"
             )
+        self._mend()
+        following = None if last else registry._fn_refs[list(registry.hooks).index(HOOK) + 1]
+        stands = None if following is None else following.forward
+        before = hook.fn_ref.original_forward
         registry.remove_hook(HOOK, recurse=False)
+        if following is not None and following.original_forward is not None:
+            # And when ours is removed, in that of the hook that came after it.
+            following.forward, following.original_forward = stands, before
         if not registry.hooks:
             if not self._had_forward:
                 vars(module).pop("forward", None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,14 +15,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gearshift.execution.cost import Cost, CostTable
-from gearshift.execution.plan import KINDS, PARTS
+from gearshift.execution.network import Network
+from gearshift.execution.plan import KINDS, PARTS, StepPlan
+from gearshift.execution.reach import embedded_skips, unread
 from gearshift.integrations.diffusers import trees
-from gearshift.integrations.diffusers.attention import projections_of
+from gearshift.integrations.diffusers.attention import gives, projections_of
 from gearshift.integrations.diffusers.compat import private_to_hooks, strip_hooks
 from gearshift.integrations.diffusers.layout import Block, PipelineNetwork, Site, blocks_of
 
-_LAYERS = ("aten.mm", "aten.addmm", "aten.convolution", "aten._convolution")
-"""Products with weights; those of attention are batched."""
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Products with weights; the others are those of attention."""
 
 
 @dataclass(frozen=True)
@@ -50,48 +52,81 @@ class Counted:
     shapes: dict[str, tuple[int, int, int, int]]
 
 
-def measure(network: PipelineNetwork, seen: Mapping[str, Seen], helpers: Sequence[Seen] = ()) -> CostTable:
+@dataclass(frozen=True)
+class PipelineCosts(CostTable):
+    """With what runs beside a denoiser (ControlNets): per (path, block), what of it is left out with that block."""
+
+    beside: dict[tuple[int, int], Cost] = field(default_factory=dict)
+
+    def path_cost(self, path: int = 0, depth: int | None = None, *, blocks: tuple[int, ...]) -> Cost:
+        total = super().path_cost(path, depth, blocks=blocks)
+        for block in blocks:
+            total = total + self.beside.get((path, block), Cost())
+        return total
+
+    def of_plan(self, backbone: Network, plan: StepPlan, path: int = 0) -> Cost:
+        total = super().of_plan(backbone, plan, path)
+        blocks = backbone.paths[path]
+        whole = {block for block, part in plan.reuse if part == "block"}
+        idle = unread(backbone, blocks, whole, embedded_skips(backbone, blocks)) - whole
+        helped = [block for block in blocks if (path, block) in self.beside]
+        # What runs beside is read by itself, so it runs up to the last block that is wanted.
+        last = max((k for k, block in enumerate(helped) if block not in idle), default=-1)
+        for block in helped[: last + 1]:
+            total = total + self.beside[path, block]
+        return total
+
+
+def measure(network: PipelineNetwork, seen: Mapping[str, Seen], helpers: Sequence[Seen] = ()) -> PipelineCosts:
     """Costs of one row in every mode.
 
     Args:
         seen: a call of each denoiser, by the name of its component; one that was never called costs nothing.
-        helpers: calls of what runs beside the denoisers (ControlNets). A block of theirs is counted with the block of
-            the same name, because it is left out with it.
+        helpers: calls of what runs beside the denoisers (ControlNets), for as many rows or fewer.
     """
     entries: dict[tuple[str, int, int, str], Cost] = {}
     shapes: dict[str, tuple[int, int, int, int]] = {}
-    beside = [count(one) for one in helpers]
+    beside: dict[tuple[int, int], Cost] = {}
+    counted = [count(one) for one in helpers]
     for path, name in enumerate(network.denoisers):
         blocks = network.paths[path]
-        if name not in seen:
-            own = Counted(Cost(), [Cost()] * len(blocks), {}, {})
-        else:
-            own = count(seen[name])
-        shapes |= own.shapes
+        own = count(seen[name]) if name in seen else Counted(Cost(), [Cost()] * len(blocks), {}, {})
+        sites = [site for block in blocks for site in network.blocks[block].sites]
+        shapes |= {site.name: own.shapes[site.place] for site in sites if site.place in own.shapes}
         rest = own.total
         for cost in own.blocks:
             rest = _less(rest, cost)
-        extra = {block: Cost() for block in blocks}
-        for one, helper in zip(beside, helpers, strict=True):
-            left = one.total
-            names = [block.name for block, _ in blocks_of(helper.model)]
-            for block in blocks:
-                if network.blocks[block].name in names:
-                    cost = one.blocks[names.index(network.blocks[block].name)]
-                    extra[block], left = extra[block] + cost, _less(left, cost)
-            rest = rest + left
+        for one, helper in zip(counted, helpers, strict=True):
+            rows = seen[name].rows if name in seen else helper.rows
+            left, names = one.total, [block.name for block in blocks_in(helper.model)]
+            of_name = {network.blocks[block].name: block for block in blocks}  # no prefix: of two, neither has a helper
+            for block_name, cost in zip(names, one.blocks, strict=True):
+                if block_name in of_name:
+                    at = path, of_name[block_name]
+                    beside[at] = beside.get(at, Cost()) + _share(cost, helper.rows, rows)
+                    left = _less(left, cost)
+            rest = rest + _share(left, helper.rows, rows)
         entries["embed", path, 0, "full"] = rest
         for depth in {*network.exits(path), len(blocks)}:
             entries["readout", path, depth, "full"] = Cost()  # counted with the embedding
         for block, cost in zip(blocks, own.blocks, strict=True):
             for mode in modes_of(network.blocks[block]):
-                entries["block", path, block, mode] = extra[block] + _less(
-                    cost, _saved(network.blocks[block], mode, own)
-                )
-            entries["block", path, block, "full"] = extra[block] + cost
+                entries["block", path, block, mode] = _less(cost, _saved(network.blocks[block], mode, own))
+            entries["block", path, block, "full"] = cost
             entries["block", path, block, "block"] = entries["block", path, block, "bypass"] = Cost()
     network.learn(shapes)
-    return CostTable(entries)
+    return PipelineCosts(entries, beside)
+
+
+def blocks_in(model: nn.Module) -> list[Block]:
+    """The blocks of a model, or of the several that it holds."""
+    nets = getattr(model, "nets", None)
+    return [block for net in (nets if isinstance(nets, nn.ModuleList) else [model]) for block, _ in blocks_of(net)]
+
+
+def _share(cost: Cost, rows: int, of: int) -> Cost:
+    """What a helper that is called for `rows` costs each of the `of` rows of the denoiser."""
+    return Cost(cost.linear * rows // of, cost.attention * rows // of)
 
 
 def modes_of(block: Block) -> list[str]:
@@ -106,8 +141,8 @@ def _saved(block: Block, mode: str, own: Counted) -> Cost:
     for one in mode.split("+"):
         kind, _, part = one.rpartition(".")
         for site in block.sites:
-            if site.name in own.saves and (not kind or site.kind == kind):
-                total = total + own.saves[site.name][part]
+            if site.place in own.saves and (not kind or site.kind == kind) and gives(site.module, part):
+                total = total + own.saves[site.place][part]
     return total
 
 
@@ -119,8 +154,8 @@ def count(seen: Seen) -> Counted:
     """Run the copy of a model once, and add up what its modules compute."""
     twin = meta_copy(seen.model)
     shapes: dict[str, tuple[int, int, int, int]] = {}
-    found = list(blocks_of(twin))
-    sites = {site.name: site for block, _ in found for site in block.sites}
+    found = blocks_in(twin)
+    sites = {site.place: site for block in found for site in block.sites}
     handles = [_listen(site, shapes) for site in sites.values()]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -130,12 +165,16 @@ def count(seen: Seen) -> Counted:
     names = {id(module): name for name, module in twin.named_modules()}
     root = type(twin).__name__
 
-    def of(module: nn.Module) -> Cost:
+    def flops(module: nn.Module) -> int:
         name = names[id(module)]
-        return _cost(counter, f"{root}.{name}" if name else root, seen.rows)
+        return sum(counter.flop_counts.get(f"{root}.{name}" if name else root, {}).values())
+
+    def of(module: nn.Module) -> Cost:
+        linear = sum(flops(part) for part in module.modules() if isinstance(part, _LAYERS))
+        return Cost(linear // 2 // seen.rows, (flops(module) - linear) // 2 // seen.rows)
 
     blocks = []
-    for block, _ in found:
+    for block in found:
         cost = Cost()
         for module in block.modules:
             cost = cost + of(module)
@@ -168,19 +207,9 @@ def _listen(site: Site, shapes: dict[str, tuple[int, int, int, int]]) -> Any:
         source = text.shape[1] if isinstance(text, torch.Tensor) and site.kind == "cross" else tokens
         heads = int(module.heads)
         width = module.to_q.weight.shape[0] // heads
-        shapes[site.name] = (int(tokens), int(source), heads, int(width))
+        shapes[site.place] = (int(tokens), int(source), heads, int(width))
 
     return site.module.register_forward_pre_hook(look, with_kwargs=True)
-
-
-def _cost(counter: FlopCounterMode, name: str, rows: int) -> Cost:
-    linear = attention = 0
-    for operator, flops in counter.flop_counts.get(name, {}).items():
-        if any(str(operator).startswith(layer) for layer in _LAYERS):
-            linear += flops
-        else:
-            attention += flops
-    return Cost(linear // 2 // rows, attention // 2 // rows)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

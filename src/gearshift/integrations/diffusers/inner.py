@@ -14,7 +14,14 @@ from gearshift.execution.plan import PARTS, SCOPED, StepPlan, strongest
 from gearshift.execution.reach import embedded_skips, unread
 from gearshift.execution.stream import Rows
 from gearshift.integrations.diffusers import trees
-from gearshift.integrations.diffusers.attention import Reusing, can_be_taken_apart, projections_of, reusing, stock_of
+from gearshift.integrations.diffusers.attention import (
+    Reusing,
+    can_be_taken_apart,
+    gives,
+    projections_of,
+    reusing,
+    stock_of,
+)
 from gearshift.integrations.diffusers.compat import Interposed, is_compiled
 from gearshift.integrations.diffusers.layout import Block, PipelineNetwork, blocks_of
 from gearshift.integrations.diffusers.ports import GIVE, IDLE, KEEP, PASS, RUN, Port, Shapes
@@ -54,7 +61,15 @@ class Inner:
         for number, block in enumerate(network.blocks):
             self._first_site[number] = count
             count += len(block.sites)
-        if blocks:
+        try:
+            self._reach_in(helpers)
+        except BaseException:
+            self.withdraw()
+            raise
+
+    def _reach_in(self, helpers: Sequence[nn.Module]) -> None:
+        network, attention = self.network, self.attention
+        if self.ports:
             self.block_ports = [self._ports(block) for block in network.blocks]
             self.stage_ports = [self._port(stage.module) for stage in network.stages]
             for helper in helpers:
@@ -123,7 +138,9 @@ class Inner:
             if part == "block":
                 found.add((self.of_block(block), part))
             else:
-                found |= {(number, part.rpartition(".")[2]) for number in self.sites_of(block, part)}
+                own = part.rpartition(".")[2]
+                sites = self.network.sites
+                found |= {(number, own) for number in self.sites_of(block, part) if gives(sites[number].module, own)}
         return frozenset(found)
 
     def sites_of(self, block: int, part: str = "") -> list[int]:
@@ -169,7 +186,7 @@ class Inner:
                 if block in whole and block not in idle and last:
                     assert memory is not None  # `possible` has looked
                     port.mode = GIVE
-                    port.given = _batched(memory.read((self.of_block(block), "block"), rows)["block"], rows)
+                    port.given = _read(memory, (self.of_block(block), "block"), rows)
                 elif gone and block not in passed and self.network.has_stages:
                     port.mode = IDLE
                 elif gone:
@@ -205,9 +222,11 @@ class Inner:
             ports = self.projections[number]
             part = strongest(asked, site.kind)
             given: tuple[Tensor, ...] = ()
-            if part is not None and (processor is not None or ports):
+            if part is not None and not gives(site.module, part):
+                part = None  # it computes, whatever its block does
+            if part is not None:
                 assert memory is not None
-                given = _batched(memory.read((number, part), rows)[part], rows)
+                given = _read(memory, (number, part), rows)
                 hits.append(site.name)
             keeps = memory.wanted(number) if memory is not None else frozenset()
             for place, port in enumerate(ports):
@@ -228,12 +247,12 @@ class Inner:
             for port in self.block_ports[block]:
                 if port.mode == KEEP and memory is not None:
                     values = tuple(trees.tensors(port.kept))
-                    memory.write((self.of_block(block), "block"), rows, {"block": _by_row(values, len(rows))})
+                    _write(memory, (self.of_block(block), "block"), rows, values)
                 port.kept, port.given, port.mode = None, (), RUN
             for number in self.sites_of(block):
                 processor, ports = self.processors[number], self.projections[number]
                 if memory is not None and ports and all(port.mode == KEEP and port.kept is not None for port in ports):
-                    memory.write((number, "qk"), rows, {"qk": _by_row(tuple(port.kept for port in ports), len(rows))})
+                    _write(memory, (number, "qk"), rows, tuple(port.kept for port in ports))
                 for port in ports:
                     port.kept, port.given, port.mode = None, (), RUN
                 if processor is None:
@@ -241,7 +260,7 @@ class Inner:
                 for part in processor.keeps:
                     kept = processor.kept(part)
                     if kept is not None and memory is not None:
-                        memory.write((number, part), rows, {part: _by_row(kept, len(rows))})
+                        _write(memory, (number, part), rows, kept)
                 processor.reset()
         for port in self.stage_ports:
             port.mode = RUN
@@ -308,15 +327,22 @@ def awaited(inner: Inner, plans: Sequence[StepPlan], path_of: Callable[[int], in
     return wanted[::-1]
 
 
-def _by_row(values: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
-    """[rows * m, ...] as [rows, m, ...]: models of video lay frames or places beside the rows."""
-    if any(value.shape[0] % rows for value in values):
-        raise LookupError(f"what is kept has {values[0].shape[0]} entries for {rows} rows")
-    return tuple(value.reshape(rows, value.shape[0] // rows, *value.shape[1:]) for value in values)
+def _write(memory: Memory, key: Key, rows: Rows, values: tuple[Tensor, ...]) -> None:
+    """Keep tensors [rows, ...] as they are, or [rows * m, ...] as [rows, m, ...]: models of video lay frames or places
+    beside the rows."""
+    count = len(rows)
+    if any(value.shape[0] % count for value in values):
+        raise LookupError(f"what is kept has {values[0].shape[0]} entries for {count} rows")
+    if all(value.shape[0] == count for value in values):
+        memory.write(key, rows, {"rows": values})
+    else:
+        split = tuple(value.reshape(count, value.shape[0] // count, *value.shape[1:]) for value in values)
+        memory.write(key, rows, {"rows and more": split})
 
 
-def _batched(values: tuple[Tensor, ...], rows: Rows) -> tuple[Tensor, ...]:
-    return tuple(value.flatten(0, 1) for value in values)
+def _read(memory: Memory, key: Key, rows: Rows) -> tuple[Tensor, ...]:
+    [(name, values)] = memory.read(key, rows).items()
+    return values if name == "rows" else tuple(value.flatten(0, 1) for value in values)
 
 
 def needs(reuse: Iterable[Key]) -> tuple[frozenset[str], bool]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from gearshift.execution.cost import CostTable
 from gearshift.execution.memory import Key
 from gearshift.execution.parts import Shapes, declare
-from gearshift.execution.plan import KINDS
-from gearshift.integrations.diffusers.attention import can_be_taken_apart, projections_of
+from gearshift.execution.plan import KINDS, PARTS
+from gearshift.integrations.diffusers.attention import gives
 from gearshift.integrations.diffusers.compat import Passed
 from gearshift.runtime.errors import RunError, UsageError
 
@@ -54,11 +54,16 @@ TRANSFORMERS = ("transformer_blocks", "single_transformer_blocks", "blocks", "la
 
 @dataclass(eq=False)
 class Site:
-    """An attention operator: its module, and whether it is "self" or "cross" attention."""
+    """An attention operator: its module, and whether it is "self" or "cross" attention; `place` is its name in its
+    model, which several denoisers of a pipeline may have alike."""
 
     name: str
     module: nn.Module
     kind: str
+    place: str = ""
+
+    def __post_init__(self) -> None:
+        self.place = self.place or self.name
 
 
 @dataclass(eq=False)
@@ -113,6 +118,8 @@ class PipelineNetwork:
             found = list(blocks_of(model))
             for block, _ in found:
                 block.name = prefix + block.name
+                for site in block.sites:
+                    site.name = prefix + site.name
             self.blocks += [block for block, _ in found]
             pushes |= {start + k for k, (_, skip) in enumerate(found) if skip == "push"}
             pops |= {start + k for k, (_, skip) in enumerate(found) if skip == "pop"}
@@ -137,14 +144,16 @@ class PipelineNetwork:
                 found[number, "block"] = ()
             for kind in ("", *(KINDS if both else ())):
                 sites = [site for site in block.sites if site.kind == kind or not kind]
+                sites = [site for site in sites if any(gives(site.module, part) for part in PARTS[:-1])]
                 if not sites:
                     continue
                 dot = f"{kind}." if kind else ""
                 known = [] if shapes is None else [shapes[site.name] for site in sites if site.name in shapes]
-                found[number, f"{dot}output"] = tuple((n, h * d) for n, _, h, d in known)
-                if all(can_be_taken_apart(site.module) or projections_of(site.module) for site in sites):
+                if any(gives(site.module, "output") for site in sites):
+                    found[number, f"{dot}output"] = tuple((n, h * d) for n, _, h, d in known)
+                if all(gives(site.module, "qk") for site in sites):
                     found[number, f"{dot}qk"] = tuple(s for n, m, h, d in known for s in ((h, n, d), (h, m, d)))
-                if all(can_be_taken_apart(site.module) for site in sites):
+                if all(gives(site.module, "map") for site in sites):
                     found[number, f"{dot}map"] = tuple((h, n, m) for n, m, h, _ in known)
         return found
 
