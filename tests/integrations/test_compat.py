@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from gearshift.integrations.diffusers import attach
+from gearshift.integrations.diffusers import attach, compat
 from gearshift.integrations.diffusers.compat import (
     HOOK,
     Hook,
@@ -585,3 +587,13 @@ def test_what_cannot_be_put_in_leaves_nothing_behind() -> None:
         with pytest.raises(UsageError, match="already has the policy 'skip every 2'"):
             attach(other, SkipEvery(3))
         assert "forward" not in vars(other.unet) and not hasattr(other.unet, "_gearshift")
+
+
+def test_what_is_private_is_touched_in_one_module() -> None:
+    """Names of the library and of torch that begin with an underscore, outside of `compat`."""
+    names = "_diffusers_hook _compiled_call_impl _fn_refs _cache_config _repeated_blocks _hf_hook _old_forward _helpers"
+    for file in Path(compat.__file__).parent.glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        found = [name for name in names.split() if re.search(rf"\b(?<!self\.){name}\b", text)]
+        assert not found or file.name == "compat.py", (file.name, found)
+        assert "hooks.hooks" not in text or file.name == "compat.py"

@@ -239,6 +239,15 @@ def _argument(which: tuple[str, int], args: tuple[Any, ...], kwargs: dict[str, A
     return kwargs[name] if name in kwargs else args[place]
 
 
+def compile_repeated(model: nn.Module, mode: str | None) -> bool:
+    """Compile the blocks of a model that repeat; False where it says of none that they do."""
+    if not getattr(model, "_repeated_blocks", None):
+        return False
+    whole: Any = model
+    whole.compile_repeated_blocks(mode=mode)
+    return True
+
+
 def begin_index(scheduler: Any) -> int | None:
     """Position in its timesteps at which a scheduler was told to begin."""
     index = getattr(scheduler, "begin_index", None)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from gearshift.assembly import build_policy, build_solver, device_of
 from gearshift.data.dataset import ImageDataset
+from gearshift.integrations.diffusers.compat import compile_repeated
 from gearshift.integrations.diffusers.model import PipelineModel, load_pipeline, pipeline_config
 from gearshift.integrations.diffusers.sampler import PipelinePixels, PipelineSampler, Texts
 from gearshift.runtime import config
@@ -84,9 +85,9 @@ class LoadedPipeline:
     def compile(self, mode: str | None = None) -> LoadedPipeline:
         """This run, the repeated blocks of its denoisers compiled from now on."""
         for name, model in self.denoiser.network.denoisers.items():
-            if not getattr(model, "_repeated_blocks", None):
-                raise UsageError(f"{name} of {self.denoiser.name} says of no blocks that they repeat; compile=false")
-            model.compile_repeated_blocks(mode=mode)
+            if not compile_repeated(model, mode):
+                kind = type(model).__name__
+                raise UsageError(f"compile=true: {kind} ({name}) says of no blocks that they repeat; compile=false")
         return self
 
     def to_pixels(self) -> PipelinePixels:
