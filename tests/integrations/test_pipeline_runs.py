@@ -336,3 +336,5 @@ def test_deep_features_of_a_run(sd: PipelineModel) -> None:
     sampler = sampler_of(sd, policy=DeepFeatureReuse(interval=2))
     ledger = sampler.generate(torch.arange(3), sampler.cost_table()).ledger
     assert 0 < ledger.macs_saved < 0.5 and ledger.kept_bytes > 0
+    # Only the last block runs; the one before comes from memory, and nobody reads the others.
+    assert ledger.reused[0].max() == 0 and ledger.reused[1].min() == len(sd.network.blocks) - 1

@@ -121,7 +121,7 @@ def _losses(axes: Axes, losses: Mapping[str, tuple[float, float | None]]) -> Non
     for place, name in enumerate(names):
         measured, predicted = finite[name]
         axes.barh(place, measured, height=0.62, color=_COLOURS["computed"] if name == "plan" else "#9aa5b1")
-        axes.text(measured, place, f" {measured:.1f}", va="center", fontsize=8.5, color=INK)
+        axes.text(max(measured, 0.0), place, f" {measured:.1f}", va="center", fontsize=8.5, color=INK)
         if predicted is not None and math.isfinite(predicted):
             axes.plot(predicted, place, marker="|", markersize=16, markeredgewidth=2, color="#d55e00")
     if any(predicted is not None for _, predicted in finite.values()):

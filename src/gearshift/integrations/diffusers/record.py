@@ -15,6 +15,7 @@ from torch import Tensor
 from gearshift.diffusion.solvers.base import Call
 from gearshift.execution.cost import CostTable
 from gearshift.execution.plan import StepPlan
+from gearshift.execution.reach import embedded_skips, unread
 from gearshift.integrations.diffusers.costs import Seen, measure
 from gearshift.integrations.diffusers.layout import PipelineNetwork
 from gearshift.runtime.errors import RunError
@@ -139,7 +140,7 @@ class Generation:
                 plan = branch.plan
                 cost = self.costs.of_plan(self.network, plan, branch.path).macs  # type: ignore[arg-type]
                 of_depth = len(blocks) if plan.depth is None else int(plan.depth)
-                taken = len({block for block, _ in plan.reuse})
+                taken = self._taken(plan, blocks[:of_depth], blocks)
                 for array, value in zip(flat, (of_depth, True, cost, taken), strict=True):
                     array[here] = np.where(ran, value, 0)
                 row += len(ran)
@@ -157,6 +158,13 @@ class Generation:
             np.array(wanted, np.int16),
             np.array([step.kept_bytes // self.batch for step in self.steps], np.int64),
         )
+
+    def _taken(self, plan: StepPlan, ran: tuple[int, ...], path: tuple[int, ...]) -> int:
+        """Blocks that take something from memory, those that nobody reads among them."""
+        whole = {block for block, part in plan.reuse if part == "block"}
+        network: Any = self.network
+        idle = unread(network, ran, whole, embedded_skips(network, path))
+        return len(idle | {block for block, _ in plan.reuse if block in ran})
 
     @property
     def macs_per_sample(self) -> float:
