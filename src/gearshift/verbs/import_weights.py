@@ -21,10 +21,11 @@ from gearshift.runtime.run import RunFolder, weights_hash
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    if (cfg.weights is None) == (cfg.pipeline is None):
-        both = "neither" if cfg.weights is None else f"weights={cfg.weights} and pipeline={cfg.pipeline}"
+    weights, pipeline = cfg.get("weights"), cfg.get("pipeline")
+    if (weights is None) == (pipeline is None):
+        both = "neither" if weights is None else f"weights={weights} and pipeline={pipeline}"
         raise UsageError(f"import takes weights=FILE or pipeline=FOLDER (or an id on the hub), and got {both}")
-    if cfg.pipeline is not None:
+    if pipeline is not None:
         return _pipeline(cfg)
     source = Path(cfg.weights)
     official = read_edm(source) if is_edm(source) else None
