@@ -157,11 +157,6 @@ def load_run(
 
     folder = RunFolder.open(run)
     cfg = folder.config
-    if cfg.get("pipeline"):
-        raise UsageError(
-            f"{folder.path} is the pipeline {cfg.pipeline} of diffusers, whose networks are not made of our blocks; "
-            "only sample, evaluate and plan take it"
-        )
     denoiser = build_denoiser(cfg)
     load_strict(denoiser.network, load_weights(folder, ema=ema), folder.checkpoints)
     null = NullContext.load(folder.path)

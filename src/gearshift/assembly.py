@@ -49,6 +49,11 @@ def build_network(cfg: DictConfig) -> Backbone:
 
     `cfg.shrink` narrows it (debug=tiny): same blocks and exits, small widths.
     """
+    if cfg.get("pipeline"):
+        raise UsageError(
+            f"the run is the pipeline {cfg.pipeline} of diffusers, and this is for networks of ours; a pipeline can be "
+            "given to sample, evaluate and plan"
+        )
     node = config.plain(cfg.backbone)
     target = config.locate(node[config.TARGET], "backbone")
     fields = {key: value for key, value in node.items() if key != config.TARGET}

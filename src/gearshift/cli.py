@@ -214,6 +214,8 @@ def _near(key: str) -> str:
         return ""
     if last in fields:
         return f" in the files; {target} has it, so add it: +{key}=VALUE"
+    if not known and not fields:  # such as the arguments of a pipeline, which nobody can list
+        return f"; {'.'.join(parents)} takes any: +{key}=VALUE"
     close = difflib.get_close_matches(last, [*known, *fields], 1)
     prefix = ".".join([*parents, ""])
     if close:

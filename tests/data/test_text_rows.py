@@ -90,7 +90,7 @@ def test_text_that_is_not_resident_is_gathered_ahead_alike():
 
 
 def test_an_image_gets_the_prompt_of_its_index():
-    prompts = Prompts(rows((3, 15)), [f"t{k}" for k in range(7)], "0123456789abcdef", "somewhere")
+    prompts = Prompts([f"t{k}" for k in range(7)], "0123456789abcdef", "somewhere", rows((3, 15)))
     assert caption_of(prompts.cond(torch.tensor([0, 6, 7, 13, 700]))) == [0, 16, 0, 16, 0]
     assert [prompts.text(k) for k in (0, 6, 7)] == ["t0", "t6", "t0"]
     assert repr(prompts) == "Prompts(7, 0123456789abcdef)" and "number i mod 7 of somewhere" in prompts.describe()

@@ -20,10 +20,11 @@ from gearshift.execution.plan import StepPlan
 from gearshift.integrations.diffusers.loaded import LoadedPipeline
 from gearshift.integrations.diffusers.model import PipelineConfig, PipelineModel
 from gearshift.integrations.diffusers.replay import Listed, PipelineStepper
-from gearshift.integrations.diffusers.sampler import PipelineSampler, Texts
+from gearshift.integrations.diffusers.sampler import PipelineSampler
 from gearshift.integrations.diffusers.scheduler import PipelineSolver, PipelineSolverConfig
 from gearshift.policies import AttentionReuse, DeepFeatureReuse, Full, Planned, SkipEvery
 from gearshift.runtime.errors import UsageError
+from gearshift.sampling.prompts import Texts
 
 from ..captioned import save_squares
 from .tiny import CASES, TEXTS, photos
@@ -41,7 +42,7 @@ def sampler_of(model: PipelineModel, steps: int = STEPS, scheduler: str | None =
     solver = PipelineSolver(PipelineSolverConfig(steps=steps, scheduler=scheduler))
     given: dict[str, Any] = {"policy": Full(), "chunk": 3, "guidance": 5.0, **more}
     if model.takes == "text":
-        given.setdefault("prompts", Texts.of(TEXTS, "the tests"))
+        given.setdefault("prompts", Texts.listed(TEXTS, "the tests"))
     return PipelineSampler(model, solver, **given)
 
 
@@ -316,7 +317,7 @@ def test_sample_writes_images(run: str, prompts: Path, tmp_path: Path) -> None:
 
 def test_verbs_for_our_own_networks_say_so(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["bench", f"run={run}"]) != 0
-    assert "is the pipeline" in capsys.readouterr().err
+    assert "the run is the pipeline" in capsys.readouterr().err
     assert cli.run(["import"]) != 0
     assert "weights=FILE or pipeline=FOLDER" in capsys.readouterr().err
 

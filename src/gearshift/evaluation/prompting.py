@@ -16,7 +16,7 @@ from gearshift.data.text_encoder import VARIABLE, TextEncoder
 from gearshift.evaluation.batches import in_batches
 from gearshift.runtime import config
 from gearshift.runtime.errors import RunError, UsageError
-from gearshift.sampling.prompts import Prompts
+from gearshift.sampling.prompts import Prompts, read_prompts
 
 DATA = "data"
 # Texts per pass through the encoder.
@@ -49,11 +49,7 @@ def find_prompts(
         raise UsageError(
             f"prompts={named} is no file with a prompt per line, no folder of gearshift encode, and not 'data'"
         )
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"prompts={named} is not readable as text ({error}); write one prompt per line") from error
-    return _read_texts(network, null, [line for line in lines if line], path.name)
+    return _read_texts(network, null, read_prompts(path), path.name)
 
 
 def _read_texts(network: Backbone, null: NullContext | None, texts: list[str], origin: str) -> Prompts:
@@ -82,7 +78,7 @@ def _of_latents(network: Backbone, null: NullContext | None, data: Latents, said
     assert rows is not None
     first = [texts[0] for texts in data.captions()]
     origin = f"the first captions of {manifest.data['name']} {manifest.data['split']}"
-    return Prompts(rows, first, manifest.digest[:16], origin)
+    return Prompts(first, manifest.digest[:16], origin, rows)
 
 
 def _check_same(null: NullContext | None, fingerprint: str, said: str) -> None:

@@ -36,11 +36,11 @@ def results(
     classifier: Classifier | None,
     overrides: Sequence[str] = (),
     *,
-    ema: bool = True,
+    ema: bool | None = True,
     trained: TrainedBy | None = None,
 ) -> dict[str, Any]:
     """The dict, ready for JSON; `overrides` are those of the command line, `ema` whether weights are the averaged
-    ones, `trained` how they came about, where that is known."""
+    ones (None: there are no others), `trained` how they came about, where that is known."""
     s = evaluator.settings
     some = next(iter(evaluator.rows.values()))
     data = evaluator.reference

@@ -77,11 +77,7 @@ class Sampler:
         if self.prompts is not None:
             check_text(network, self.prompts.shape, "prompts")
         if network.cond_kind == "class":
-            known = network.num_classes or 0
-            if isinstance(self.labels, str) and self.labels not in LABELS:
-                raise UsageError(f"labels={self.labels!r} is neither one of {list(LABELS)} nor a class 0..{known - 1}")
-            if isinstance(self.labels, int) and not 0 <= self.labels < known:
-                raise UsageError(f"label {self.labels} is outside the classes 0..{known - 1} of {network.name}")
+            check_labels(self.labels, network.num_classes or 0, network.name)
 
     @property
     def device(self) -> torch.device:
@@ -110,11 +106,7 @@ class Sampler:
             raise UsageError(
                 f"{network.name} takes {network.cond_kind} conditioning; pass it as cond= (or as prompts=)"
             )
-        if isinstance(self.labels, int):
-            return torch.full_like(index, self.labels)
-        if self.labels == "balanced":
-            return index % network.num_classes
-        return keys.integers(self.seed, "sample_label", index, 0, network.num_classes)
+        return labels_of(self.labels, self.seed, index, network.num_classes)
 
     def cost_table(self) -> CostTable:
         """Costs of the network."""
@@ -141,8 +133,28 @@ class Sampler:
 
         They start at multiples of the size, so an image has the same neighbours whatever range it is asked for in.
         """
-        firsts = range(start - start % self.chunk, stop, self.chunk) if start < stop else ()
-        return [torch.arange(first, first + self.chunk, device=self.device) for first in firsts]
+        return chunks_of(self.chunk, start, stop, self.device)
+
+
+def check_labels(labels: str | int, classes: int, name: str) -> None:
+    """Raises UsageError where labels are neither a way to draw them nor one of the classes of the network `name`."""
+    if isinstance(labels, str) and labels not in LABELS:
+        raise UsageError(f"labels={labels!r} is neither one of {list(LABELS)} nor a class 0..{classes - 1}")
+    if isinstance(labels, int) and not 0 <= labels < classes:
+        raise UsageError(f"label {labels} is outside the classes 0..{classes - 1} of {name}")
+
+
+def labels_of(labels: str | int, seed: int, index: Tensor, classes: int) -> Tensor:
+    """Labels int64 [B] of the images `index`."""
+    if isinstance(labels, int):
+        return torch.full_like(index, labels)
+    return index % classes if labels == "balanced" else keys.integers(seed, "sample_label", index, 0, classes)
+
+
+def chunks_of(size: int, start: int, stop: int, device: torch.device) -> list[Tensor]:
+    """Chunks of `size` indices, at its multiples, that hold start..stop-1."""
+    firsts = range(start - start % size, stop, size) if start < stop else ()
+    return [torch.arange(first, first + size, device=device) for first in firsts]
 
 
 @dataclass(frozen=True)

@@ -80,10 +80,10 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         found = results(
             evaluator,
             str(loaded.folder.path),
-            dtype_of(cfg.precision),
+            loaded.denoiser.dtype if loaded.is_pipeline else dtype_of(cfg.precision),
             classifier,
             _overrides(),
-            ema=cfg.ema,
+            ema=None if loaded.is_pipeline else cfg.ema,
             trained=None if alone else TrainedBy.of(loaded.config, loaded.denoiser.network, _images(loaded)),
         )
         report = write_report(folder, found, pictures(evaluator))

@@ -29,7 +29,7 @@ from gearshift.integrations.diffusers.inner import Inner, needs
 from gearshift.integrations.diffusers.layout import PipelineNetwork
 from gearshift.integrations.diffusers.ports import Shapes
 from gearshift.integrations.diffusers.record import Generation
-from gearshift.integrations.diffusers.replay import Listed, Replay
+from gearshift.integrations.diffusers.replay import Replay
 from gearshift.integrations.diffusers.rows import can_be_picked
 from gearshift.integrations.diffusers.session import Session
 from gearshift.integrations.diffusers.wrapping import Mark, Wrapped
@@ -60,6 +60,28 @@ def attach(pipe: Any, policy: Policy | Sequence[Policy]) -> Attached:
     if not isinstance(policy, Policy | list | tuple):
         raise UsageError(f"{type(policy).__name__} is not a policy; take one, or several, of gearshift.policies")
     return Attached(pipe, policy if isinstance(policy, Policy) else Compose(list(policy)))
+
+
+def network_of(pipe: Any) -> PipelineNetwork:
+    """The denoisers of a pipeline, as policies see them.
+
+    Raises:
+        UsageError: it has none, or one that is not in the pipeline itself but what `torch.compile` made of it.
+    """
+    kind = type(pipe).__name__
+    found = {name: model for name in DENOISERS if isinstance(model := getattr(pipe, name, None), nn.Module)}
+    if not found:
+        raise UsageError(
+            f"{kind} has no denoiser that is called {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}, so there is "
+            "nothing to put a policy on"
+        )
+    for name, model in found.items():
+        if is_wrapped_by_compiler(model):
+            raise UsageError(
+                f"{kind}.{name} is what torch.compile returned, and decisions have to be made outside of it; compile "
+                f"its blocks instead (pipe.{name}.compile_repeated_blocks()), or pipe.{name}.compile()"
+            )
+    return PipelineNetwork(found, getattr(pipe, "config", {}).get("boundary_ratio") if len(found) > 1 else None)
 
 
 class _Root(Hook):
@@ -96,6 +118,11 @@ class Attached:
     Attributes:
         pipe, policy: what was attached.
         network: the pipeline's denoisers as policies see them; `network.blocks` names every block.
+        tells: warn of generations in which the policy never fired.
+        on_step: told the ledger and the latents after every step.
+        table: costs, where they were measured before; None counts when the ledger is asked.
+        replay: of the next generation, where it does not begin at the beginning.
+        outputs, helper_outputs: structure of what denoisers and helpers return, on the meta device.
     """
 
     def __init__(self, pipe: Any, policy: Policy, network: PipelineNetwork | None = None) -> None:
@@ -108,40 +135,25 @@ class Attached:
         self._shapes: dict[nn.Module, Shapes] = {}
         self.on_step: Callable[[Generation, Tensor], None] | None = None
         kind = type(pipe).__name__
-        models = {name: getattr(pipe, name, None) for name in DENOISERS}
-        denoisers = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
-        self.scheduler: Any = getattr(pipe, "scheduler", None)
-        if not denoisers:
-            raise UsageError(
-                f"{kind} has no denoiser that is called {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}, so there is "
-                "nothing to put a policy on"
-            )
+        scheduler: Any = getattr(pipe, "scheduler", None)
+        self.scheduler = scheduler
+        self.network = network_of(pipe) if network is None else network
         if not all(hasattr(self.scheduler, name) for name in ("set_timesteps", "step")):
             raise UsageError(
                 f"{kind} has no scheduler with set_timesteps and step, which tell the policy where a generation is"
             )
-        helpers = [model for name in HELPERS if isinstance(model := getattr(pipe, name, None), nn.Module)]
-        components = (self.scheduler, *denoisers.values(), *helpers)
-        held = next((found for thing in components if (found := Mark.on(thing))), None)
+        self._helpers = {name: model for name in HELPERS if isinstance(model := getattr(pipe, name, None), nn.Module)}
+        self.denoiser_names, self.helper_names = list(self.network.denoisers), list(self._helpers)
+        held = next((found for thing in (self.scheduler, *self._models()) if (found := Mark.on(thing))), None)
         if held is not None:
             raise UsageError(
                 f"{kind} already has the policy {held!r}, and {policy.name!r} is to be attached; detach the first, or "
                 "attach both at once: attach(pipe, [first, second])"
             )
-        for name, model in denoisers.items():
-            if is_wrapped_by_compiler(model):
-                raise UsageError(
-                    f"{kind}.{name} is what torch.compile returned, and decisions have to be made outside of it; "
-                    f"compile its blocks instead (pipe.{name}.compile_repeated_blocks()), or pipe.{name}.compile()"
-                )
+        for name, model in self.network.denoisers.items():
             _check_cache(model, f"{kind}.{name}", policy)
-        boundary = getattr(pipe, "config", {}).get("boundary_ratio") if len(denoisers) > 1 else None
-        self.network = PipelineNetwork(denoisers, boundary) if network is None else network
         policy.fits(self.network)  # type: ignore[arg-type]  # it is run by its own library
         _check_rows(policy, self.network)
-        self.denoiser_names = list(denoisers)
-        self.helper_names = [name for name in HELPERS if isinstance(getattr(pipe, name, None), nn.Module)]
-        self._helpers: dict[str, nn.Module] = {name: getattr(pipe, name) for name in self.helper_names}
         self.steps_with_branches = kind in BRANCHES
         self._inner: Inner | None = None
         self._session: Session | None = None
@@ -163,7 +175,6 @@ class Attached:
             renew(model)
             Mark(model, policy.name)
         Mark(self.scheduler, policy.name)
-        scheduler: Any = self.scheduler
         self._step_names = list(inspect.signature(scheduler.step).parameters)
         self._wrapped = Wrapped(self.scheduler, {"set_timesteps": self._began, "step": self._stepped})
 
@@ -290,18 +301,16 @@ class Attached:
     def attached(self) -> bool:
         return self._attached
 
-    def exchange(self, policy: Policy) -> None:
-        """Another policy from the next generation on.
+    def exchange(self, policy: Policy, *, stay: bool = False) -> None:
+        """Another policy from the next generation on; `stay` inside of the models, as far as the last one went.
 
         Raises:
             UsageError: it does not fit the model.
         """
-        if policy is self.policy:
-            return
         policy.fits(self.network)  # type: ignore[arg-type]
         _check_rows(policy, self.network)
         self._finish()
-        if self._inner is not None and not isinstance(policy, Listed):  # the next one may need less of it
+        if self._inner is not None and not stay:  # the next one may need less of it
             self._inner.withdraw()
             self._inner = None
         self.policy = policy

@@ -22,6 +22,7 @@ from gearshift.integrations.diffusers import trees
 from gearshift.integrations.diffusers.attention import gives, projections_of
 from gearshift.integrations.diffusers.compat import private_to_hooks, strip_hooks
 from gearshift.integrations.diffusers.layout import Block, PipelineNetwork, Site, blocks_of
+from gearshift.runtime.errors import RunError
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Products with weights; the others are those of attention."""
@@ -83,7 +84,20 @@ def measure(network: PipelineNetwork, seen: Mapping[str, Seen], helpers: Sequenc
     Args:
         seen: a call of each denoiser, by the name of its component; one that was never called costs nothing.
         helpers: calls of what runs beside the denoisers (ControlNets), for as many rows or fewer.
+
+    Raises:
+        RunError: a model cannot be run on the meta device.
     """
+    try:
+        return _measured(network, seen, helpers)
+    except Exception as error:  # any operator of any model may lack a meta kernel
+        raise RunError(
+            f"the MACs of {network.name} cannot be counted: it does not run on the meta device "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _measured(network: PipelineNetwork, seen: Mapping[str, Seen], helpers: Sequence[Seen]) -> PipelineCosts:
     entries: dict[tuple[str, int, int, str], Cost] = {}
     shapes: dict[str, tuple[int, int, int, int]] = {}
     beside: dict[tuple[int, int], Cost] = {}

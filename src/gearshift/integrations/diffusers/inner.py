@@ -120,13 +120,6 @@ class Inner:
             module.processor = processor
         self._interposed, self._stock = [], []
 
-    @property
-    def keys(self) -> frozenset[Key]:
-        """Everything that can be kept: sites by number with their parts, blocks by number after them."""
-        sites = {(number, part) for number, one in enumerate(self.processors) if one is not None for part in PARTS[:-1]}
-        sites |= {(number, "qk") for number, ports in enumerate(self.projections) if ports}
-        return frozenset(sites | {(self.of_block(b), "block") for b, ports in enumerate(self.block_ports) if ports})
-
     def of_block(self, block: int) -> int:
         """The number of a block in the memory."""
         return len(self.network.sites) + block

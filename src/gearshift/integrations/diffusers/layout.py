@@ -97,7 +97,8 @@ class PipelineNetwork:
         denoisers: by the name of the component; several are used one after the other (Wan 2.2).
         boundary: noise level (sigma of flow matching) below which the second denoiser takes over.
 
-    Attributes: see `execution.network.Network`. `has_stages` says whether it is a U-Net that can be cut.
+    Attributes: see `execution.network.Network`. `has_stages` says whether it is a U-Net that can be cut, `beside` are
+    other models of the pipeline, which decide its images too, `table` what its blocks cost, once that was measured.
     """
 
     carries: Mapping[int, str] = {}
@@ -107,6 +108,7 @@ class PipelineNetwork:
         self.denoisers = dict(denoisers)
         self.boundary = boundary
         self.table: CostTable | None = None
+        self.beside: Mapping[str, nn.Module] = {}
         self.blocks: list[Block] = []
         self.stages: list[Stage] = []
         pushes: set[int] = set()
@@ -204,11 +206,12 @@ class PipelineNetwork:
         return self.table
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of all denoisers."""
-        return {f"{n}.{key}": value for n, model in self.denoisers.items() for key, value in model.state_dict().items()}
+        """Of all models that decide the images."""
+        every = {**self.denoisers, **self.beside}
+        return {f"{name}.{key}": value for name, model in every.items() for key, value in model.state_dict().items()}
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for name, model in self.denoisers.items():
+        for name, model in {**self.denoisers, **self.beside}.items():
             yield from ((f"{name}.{key}", value) for key, value in model.named_buffers())
 
     def modules(self) -> Iterator[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +15,13 @@ from gearshift.assembly import build_policy, build_solver, device_of
 from gearshift.data.dataset import ImageDataset
 from gearshift.integrations.diffusers.compat import compile_repeated
 from gearshift.integrations.diffusers.model import PipelineModel, load_pipeline, pipeline_config
-from gearshift.integrations.diffusers.sampler import PipelinePixels, PipelineSampler, Texts
+from gearshift.integrations.diffusers.sampler import PipelinePixels, PipelineSampler
 from gearshift.runtime import config
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.run import RunFolder
 from gearshift.sampling.ledger import LedgerData
 from gearshift.sampling.loop import Samples, sample
+from gearshift.sampling.prompts import Texts, read_prompts
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class LoadedPipeline:
             UsageError: there are none.
         """
         if not isinstance(named, (str, os.PathLike)):
-            return Texts.of(list(named), "a list of texts")
+            return Texts.listed(list(named), "a list of texts")
         if str(named) != "data":
-            return Texts.read(str(named))
+            return Texts.listed(read_prompts(named), Path(named).name)
         source = cfg or self.config
         node = source.get("data")
         data: Any = config.build(node) if node else None
@@ -80,7 +82,7 @@ class LoadedPipeline:
                 "(a prompt per line), or import it with data=coco or data=captions"
             )
         stream = data.stream("test")
-        return Texts.of([texts[0] for texts in stream.texts], f"the first captions of {stream.name} test")
+        return Texts.listed([texts[0] for texts in stream.texts], f"the first captions of {stream.name} test")
 
     def compile(self, mode: str | None = None) -> LoadedPipeline:
         """This run, the repeated blocks of its denoisers compiled from now on."""

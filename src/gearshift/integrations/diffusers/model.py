@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from gearshift.diffusion.solvers.base import Call
 from gearshift.execution.cost import CostTable
-from gearshift.integrations.diffusers.attach import Attached
+from gearshift.integrations.diffusers.attach import Attached, network_of
 from gearshift.integrations.diffusers.costs import measure
 from gearshift.integrations.diffusers.levels import meaning, timeline
 from gearshift.integrations.diffusers.record import Generation
+from gearshift.integrations.diffusers.replay import Listed
 from gearshift.integrations.diffusers.scheduler import PipelineSolver, PipelineSolverConfig
 from gearshift.policies import Full, Policy
-from gearshift.runtime.errors import RunError, UsageError
+from gearshift.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class PipelineProcess:
         return self.config.pipeline
 
 
-class PipelineModel(nn.Module):
+class PipelineModel:
     """A pipeline with what is known of it.
 
     Args:
@@ -117,19 +118,18 @@ class PipelineModel(nn.Module):
     """
 
     def __init__(self, config: PipelineConfig, pipe: Any) -> None:
-        super().__init__()
-        # Not as submodules: a pipeline keeps, moves and saves its own components.
-        self._things: dict[str, Any] = {"pipe": pipe}
-        self.config = config
-        self.attached = Attached(pipe, Full())
-        self.attached.tells = False  # reports say what every row saved
-        self.network = self.attached.network
+        self.config, self.pipe = config, pipe
+        self.network = network_of(pipe)
+        others = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        self.network.beside = {name: part for name, part in others.items() if name not in self.network.denoisers}
+        self.attached = self._attach(Full())
         self.process = PipelineProcess(config, self._calls)
         self._parameters_of_call = inspect.signature(type(pipe).__call__).parameters
         self._own_scheduler = pipe.scheduler
         self._known_calls: dict[str, tuple[Call, ...]] = {}
-        self._branches: dict[bool, int] = {}
-        self._policy_of_handle: Policy = self.attached.policy
+        self._branches: dict[float | None, int] = {}
+        self._scheduler_made: tuple[str, str] | None = None
+        self._example: Asked | None = None
         self.table: CostTable | None = None
         self.latent_shape: tuple[int, ...] = ()
         self.image_shape: tuple[int, ...] = ()
@@ -157,10 +157,11 @@ class PipelineModel(nn.Module):
         return self.attached.helper_outputs
 
     @property
-    def pipe(self) -> Any:
-        return self._things["pipe"]
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return DTYPES[self.config.dtype]
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         return self.network.parameters()
 
     @property
@@ -242,14 +243,19 @@ class PipelineModel(nn.Module):
     def _use(self, solver: PipelineSolver, policy: Policy) -> None:
         """Put a scheduler and a policy on the pipeline, unless they are there."""
         wanted = repr(solver.config.scheduler), repr(sorted(solver.config.options.items()))
-        if self._things.get("scheduler") != wanted:
+        if self._scheduler_made != wanted:
             self.attached.detach()
             self.pipe.scheduler = solver.build(self._own_scheduler)
-            self._things["scheduler"] = wanted
-            self.attached = Attached(self.pipe, policy, self.network)
-            self.attached.tells = False
-        else:
-            self.attached.exchange(policy)
+            self._scheduler_made = wanted
+            self.attached = self._attach(policy)
+        elif policy is not self.attached.policy:
+            # Schedules that a search tries need the same places inside of the model, one after the other.
+            self.attached.exchange(policy, stay=isinstance(policy, Listed))
+
+    def _attach(self, policy: Policy) -> Attached:
+        attached = Attached(self.pipe, policy, self.network)
+        attached.tells = False  # reports say what every row saved
+        return attached
 
     def images_of(self, output: Any) -> Tensor:
         """Images fp32 [B, C, H, W] in [-1, 1]; the frames of a video one below the other."""
@@ -267,7 +273,7 @@ class PipelineModel(nn.Module):
     def shape_of_images(self) -> tuple[int, ...]:
         """(C, H, W); one image is made in two steps where none was made before."""
         if not self.image_shape:
-            output, _ = self.run(self._example, PipelineSolver(PipelineSolverConfig(steps=2)), Full())
+            output, _ = self.run(self._asked_before(), PipelineSolver(PipelineSolverConfig(steps=2)), Full())
             self.image_shape = tuple(self.images_of(output).shape[1:])
         return self.image_shape
 
@@ -275,8 +281,7 @@ class PipelineModel(nn.Module):
 
     def learn(self, asked: Asked, solver: PipelineSolver) -> None:
         """Make one step, to see how many branches guidance has, what the latents are, and what calls cost."""
-        guided = asked.guidance is None or asked.guidance > 1
-        if guided in self._branches and self.table is not None:
+        if asked.guidance in self._branches and self.table is not None:
             return
         shapes = []
 
@@ -286,32 +291,26 @@ class PipelineModel(nn.Module):
 
         _, record = self.run(asked, _at_least_two(solver), Full(), until=first)
         [shape] = shapes
-        self._branches[guided] = max(1, int(record.full_calls_per_sample))
+        self._branches[asked.guidance] = max(1, int(record.full_calls_per_sample))
         self.latent_shape = (shape[0] // record.batch, *shape[1:]) if shape[0] != record.batch else shape[1:]
         if self.table is None:
             seen = dict(record.seen)
             for name, model in self.network.denoisers.items():  # not called yet, and alike
                 if name not in seen:
                     seen[name] = replace(next(iter(record.seen.values())), model=model)
-            try:
-                self.table = measure(self.network, seen, list(record.helpers.values()))
-            except Exception as error:
-                raise RunError(
-                    f"the MACs of {self.network.name} cannot be counted: it does not run on the meta device "
-                    f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-                ) from error
+            self.table = measure(self.network, seen, list(record.helpers.values()))
             self.network.table = self.table
 
     def branches(self, guidance: float | None) -> int:
         """Rows per sample."""
-        return self._branches[guidance is None or guidance > 1]
+        return self._branches[guidance]
 
     def _calls(self, solver: PipelineSolver) -> tuple[Call, ...]:
         key = repr(solver)
         if key not in self._known_calls:
             found = self._stated_calls(solver)
             if found is None:
-                _, record = self.run(self._example, solver, Full(), until=lambda record, latents: True)
+                _, record = self.run(self._asked_before(), solver, Full(), until=lambda record, latents: True)
                 found = record.calls
             self._known_calls[key] = found
         return self._known_calls[key]
@@ -330,12 +329,12 @@ class PipelineModel(nn.Module):
 
     def example(self, asked: Asked) -> None:
         """What to ask for where a call is needed to know more."""
-        self._things["example"] = asked
+        self._example = asked
 
-    @property
-    def _example(self) -> Asked:
-        found: Asked = self._things["example"]
-        return found
+    def _asked_before(self) -> Asked:
+        if self._example is None:
+            raise ValueError("no sampler of this pipeline was checked yet, so nothing says what to ask for")
+        return self._example
 
     def frame(self, solver: PipelineSolver) -> tuple[bool, str]:
         """`sigma_frame` and `held` of `policies.base.RunInfo`."""

@@ -111,13 +111,7 @@ class Generation:
         if self.table is None:
             if not self.seen:
                 raise RunError("no denoiser was evaluated in this generation, so there is nothing to count")
-            try:
-                self.table = measure(self.network, self.seen, list(self.helpers.values()))
-            except Exception as error:  # any operator of any model may lack a meta kernel
-                raise RunError(
-                    f"the MACs of {self.network.name} cannot be counted: it does not run on the meta device "
-                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-                ) from error
+            self.table = measure(self.network, self.seen, list(self.helpers.values()))
         return self.table
 
     def data(self) -> LedgerData:
@@ -196,8 +190,3 @@ class Generation:
 def rows_of(branches: Sequence[Branch]) -> Tensor:
     """Which rows of a step were evaluated, branch after branch, host bool."""
     return torch.cat([branch.called for branch in branches]) if branches else torch.zeros(0, dtype=torch.bool)
-
-
-def describe(value: Any) -> str:
-    """For messages."""
-    return "x".join(map(str, value.shape)) if isinstance(value, Tensor) else str(value)

@@ -17,6 +17,7 @@ from torch import Tensor
 from gearshift.diffusion.solvers.base import Call
 from gearshift.execution.memory import Key, Memory
 from gearshift.execution.plan import StepPlan
+from gearshift.integrations.diffusers import trees
 from gearshift.integrations.diffusers.held import Remembered
 from gearshift.policies.base import Policy, RunInfo
 
@@ -177,6 +178,4 @@ class PipelineStepper:
 
 def zeros(like: Any, device: torch.device) -> Any:
     """Zeros of a structure on the meta device."""
-    from gearshift.integrations.diffusers import trees
-
     return trees.mapped(like, lambda one: torch.zeros(one.shape, dtype=one.dtype, device=device))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,52 +21,8 @@ from gearshift.integrations.diffusers.scheduler import PipelineSolver
 from gearshift.policies.base import Policy, RunInfo
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
-from gearshift.sampling.loop import Chunk
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Prompts: image i shows number i modulo their number."""
-
-    texts: tuple[str, ...]
-    digest: str
-    origin: str
-
-    @classmethod
-    def of(cls, texts: Sequence[str], origin: str) -> Texts:
-        import hashlib
-        import json
-
-        if not texts:
-            raise UsageError(f"prompts: {origin} holds no prompt; write one per line")
-        return cls(tuple(texts), hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16], origin)
-
-    @classmethod
-    def read(cls, path: str | Path) -> Texts:
-        """From a file with a prompt per line.
-
-        Raises:
-            UsageError: it cannot be read, or holds none.
-        """
-        try:
-            lines = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UsageError(f"prompts={path} is not readable as text ({error}); write one prompt per line") from error
-        return cls.of([line for line in lines if line], Path(path).name)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __repr__(self) -> str:  # part of what identifies a row of an evaluation
-        return f"Texts({len(self)}, {self.digest})"
-
-    def text(self, index: int) -> str:
-        """What image `index` is asked to show."""
-        return self.texts[index % len(self)]
-
-    def describe(self) -> str:
-        """For protocols."""
-        return f"prompt of image i is number i mod {len(self)} of {self.origin} [digest {self.digest[:8]}]"
+from gearshift.sampling.loop import Chunk, check_labels, chunks_of, labels_of
+from gearshift.sampling.prompts import Texts
 
 
 @dataclass(frozen=True)
@@ -108,6 +63,8 @@ class PipelineSampler:
             raise UsageError(f"{kind} takes text; give prompts=FILE (a prompt per line), or prompts=data")
         if self.denoiser.takes != "text" and self.prompts is not None:
             raise UsageError(f"{kind} takes no text, and prompts were given")
+        if self.denoiser.takes == "class":
+            check_labels(self.labels, self.denoiser.num_classes, kind)
         self.denoiser.example(self.asked(torch.zeros(1, dtype=torch.int64)))
         self.policy.check(self.info(self.calls()))
 
@@ -138,11 +95,7 @@ class PipelineSampler:
         """Labels [B] of a pipeline that takes classes, otherwise None."""
         if self.denoiser.takes != "class":
             return None
-        if isinstance(self.labels, int):
-            return torch.full_like(index, self.labels)
-        if self.labels == "balanced":
-            return index % self.denoiser.num_classes
-        return keys.integers(self.seed, "sample_label", index, 0, self.denoiser.num_classes)
+        return labels_of(self.labels, self.seed, index, self.denoiser.num_classes)
 
     def asked(self, index: Tensor) -> Asked:
         """What a generation of the images `index` is asked for."""
@@ -154,8 +107,7 @@ class PipelineSampler:
 
     def chunks(self, start: int, stop: int) -> list[Tensor]:
         """As of `sampling.loop.Sampler`."""
-        firsts = range(start - start % self.chunk, stop, self.chunk) if start < stop else ()
-        return [torch.arange(first, first + self.chunk, device=self.device) for first in firsts]
+        return chunks_of(self.chunk, start, stop, self.device)
 
     def cost_table(self) -> CostTable:
         """What calls cost; one step is made to see what they are called with."""
