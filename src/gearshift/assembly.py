@@ -22,6 +22,7 @@ from gearshift.policies.base import Policy
 from gearshift.runtime import config, launch
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.paths import conf_dir
+from gearshift.runtime.run import refuse_pipeline
 
 # What changes nothing in the weights: how and where a run is executed, watched and named. Of a pretraining the hash of
 # its run counts, not its name.
@@ -49,11 +50,7 @@ def build_network(cfg: DictConfig) -> Backbone:
 
     `cfg.shrink` narrows it (debug=tiny): same blocks and exits, small widths.
     """
-    if cfg.get("pipeline"):
-        raise UsageError(
-            f"the run is the pipeline {cfg.pipeline} of diffusers, and this is for networks of ours; a pipeline can be "
-            "given to sample, evaluate and plan"
-        )
+    refuse_pipeline(cfg)
     node = config.plain(cfg.backbone)
     target = config.locate(node[config.TARGET], "backbone")
     fields = {key: value for key, value in node.items() if key != config.TARGET}

@@ -260,3 +260,12 @@ class RunFolder:
     def finish(self, answer: Mapping[str, Any]) -> None:
         """Marks the run as finished: from now on it answers with `answer`."""
         atomic_write(self.path / _DONE, json.dumps(jsonable(answer), allow_nan=False, indent=1) + "\n")
+
+
+def refuse_pipeline(cfg: DictConfig) -> None:
+    """Raises UsageError where a run is an imported pipeline, whose networks are not made of our blocks."""
+    if cfg.get("pipeline"):
+        raise UsageError(
+            f"the run is the pipeline {cfg.pipeline} of diffusers, and this is for networks of ours; a pipeline can be "
+            "given to sample, evaluate and plan"
+        )

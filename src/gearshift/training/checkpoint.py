@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gearshift.runtime.errors import RunError
 from gearshift.runtime.files import atomic_write
-from gearshift.runtime.run import RunFolder
+from gearshift.runtime.run import RunFolder, refuse_pipeline
 
 FORMAT = 1
 KEY = "gearshift"
@@ -133,8 +133,9 @@ def load_weights(run: RunFolder, *, ema: bool = True) -> dict[str, Tensor]:
     """Weights of a run's newest checkpoint, on the CPU, under the network's own names (`Backbone.load_state_dict`).
 
     `ema` asks for the averaged weights; a run without an average (trainer.ema_decay=null) has only its own.
-    Raises RunError when there is no sound checkpoint.
+    Raises RunError when there is no sound checkpoint, and UsageError when the run is an imported pipeline.
     """
+    refuse_pipeline(run.config)
     checkpoint = read(run.checkpoints / LAST if (path := latest(run)) is None else path)
     average = checkpoint[KEY]["ema"]
     if ema and average is not None:
