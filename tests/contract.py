@@ -105,6 +105,8 @@ CASES = [
     Case("exits-isotropic", lambda: _with_exits(Isotropic(), head="per_exit")),
     Case("exits-uvit", lambda: _with_exits(_uvit(), uncertainty="token_mean", time_embed="concat", depths=[2, 4])),
     Case("exits-dit", lambda: _with_exits(_dit(num_classes=3), head="per_exit", time_embed="concat")),
+    Case("exits-unet", lambda: _with_exits(_pyramid(), head="per_exit")),
+    Case("exits-ldm", lambda: _with_exits(_ldm(num_classes=3, null_class=True), head="per_exit")),
     Case("exits-two-decoders", lambda: _with_exits(TwoDecoders(), head="per_exit", time_embed="concat")),
 ]
 

@@ -149,7 +149,7 @@ def faces(tmp_path_factory):
 @pytest.fixture
 def data_of(photographs, latents, vq_latents, captioned, faces):
     """The override that says where the data of an experiment are; none for data that come along."""
-    places = {"Cifar10": photographs, "Latents": latents, "ImageFolder": faces}
+    places = {"Cifar10": photographs, "Latents": latents, "ImageFolder": faces, "CelebA": faces}
 
     def override(name):
         cfg = composed("train", f"experiment={name}")
@@ -225,4 +225,6 @@ def test_every_file_of_a_sampling_group_builds(group, plan_file):
         verb, needed = ("evaluate", ["run=x"]) if group == "evaluation" else ("sample", ["run=x"])
         if file.stem == "planned":
             needed = [*needed, f"policy.file={plan_file}"]
+        if file.stem in ("duodiff", "small_network"):
+            needed = [*needed, "policy.other=x"]
         config.build(composed(verb, *needed, f"{group}={file.stem}")[group])

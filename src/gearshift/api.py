@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,17 +13,19 @@ from omegaconf import DictConfig
 
 from gearshift.assembly import build_denoiser, build_policy, build_solver, device_of, dtype_of
 from gearshift.backbones.null_context import NullContext
+from gearshift.backbones.separate import SeparateConfig, SeparateNetworks
 from gearshift.backbones.weights import load_strict
 from gearshift.data.decoding import ToPixels
 from gearshift.data.latents import Latents
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.solvers.base import Solver
+from gearshift.evaluation.conditions import is_compiled
 from gearshift.evaluation.prompting import find_prompts
 from gearshift.execution.compiling import compile_blocks
 from gearshift.policies.base import Policy
 from gearshift.runtime import config
-from gearshift.runtime.errors import UsageError
-from gearshift.runtime.run import RunFolder
+from gearshift.runtime.errors import UsageError, UserError
+from gearshift.runtime.run import RunFolder, refuse_pipeline
 from gearshift.sampling.ledger import LedgerData
 from gearshift.sampling.loop import Sampler, Samples, sample
 from gearshift.sampling.prompts import Prompts
@@ -36,18 +39,27 @@ SolverLike = Solver | DictConfig | Mapping[str, Any] | str
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run with its weights in memory."""
+    """A run with its weights in memory.
+
+    Attributes:
+        ema: whether they are the averaged ones.
+    """
 
     folder: RunFolder
     config: DictConfig
     denoiser: Denoiser
+    ema: bool = True
+    # Runs that policies named, and networks side by side with this one's: loaded once, whoever asks.
+    _others: dict[Path, Denoiser] = field(default_factory=dict, repr=False, compare=False)
+    _beside: dict[tuple[Path, ...], Denoiser] = field(default_factory=dict, repr=False, compare=False)
 
     def sampler(
         self, policy: PolicyLike = "full", solver: SolverLike = "ddim", precision: str = "fp32", **settings: Any
     ) -> Sampler:
         """A `Sampler` of this run, checked. `settings` are the fields of `Sampler` (seed, guidance, labels, chunk).
 
-        Runs that take text need `prompts`: what `prompts` gives, or what it takes.
+        Runs that take text need `prompts`: what `prompts` gives, or what it takes. Further runs that the policy names
+        (`Policy.others`) are loaded as this one was.
         """
         given = settings.get("prompts")
         if given is not None and not isinstance(given, Prompts):
@@ -57,10 +69,38 @@ class LoadedRun:
                 f"{self.folder.path} is conditioned on text; give prompts=FILE (a prompt per line), prompts=data "
                 "(captions it was trained on) or prompts=FOLDER (others, as gearshift encode left them)"
             )
-        made = Sampler(self.denoiser, build_solver(solver), build_policy(policy), dtype=dtype_of(precision), **settings)
+        own = build_policy(policy)
+        denoiser = self.beside(own.others())
+        made = Sampler(denoiser, build_solver(solver), own, dtype=dtype_of(precision), **settings)
         made.check()
         settled = made.policy.resolved(made.info(made.calls()))
         return made if settled is made.policy else replace(made, policy=settled)
+
+    def beside(self, others: Sequence[str]) -> Denoiser:
+        """The denoiser whose networks are this run's (full compute) and those of the run folders `others`, as paths 0,
+        1, ...; this run's own denoiser where there are none.
+
+        Raises:
+            UsageError, RunError: no such run, a pipeline, or one that does not go together with this one.
+        """
+        folders = tuple(Path(other).resolve() for other in others)
+        if not folders:
+            return self.denoiser
+        if folders not in self._beside:
+            for named, folder in zip(others, folders, strict=True):
+                if folder not in self._others:
+                    self._others[folder] = self._other(named, folder)
+            found = {named: self._others[folder] for named, folder in zip(others, folders, strict=True)}
+            self._beside[folders] = side_by_side(self.denoiser, f"run={self.folder.path}", found)
+        return self._beside[folders]
+
+    def _other(self, named: str, folder: Path) -> Denoiser:
+        if folder == self.folder.path.resolve():
+            return self.denoiser
+        network = self.denoiser.network
+        device = next(network.parameters()).device
+        path = other_run(named).path
+        return load_run(path, ema=self.ema, device=str(device), compile=is_compiled(network)).denoiser
 
     def prompts(self, named: str | os.PathLike[str] | Sequence[str], cfg: DictConfig | None = None) -> Prompts:
         """Texts with their features, for a run that takes text.
@@ -77,7 +117,8 @@ class LoadedRun:
 
     def compile(self, mode: str | None = None) -> LoadedRun:
         """This run, its blocks compiled from now on (`execution.compiling.compile_blocks`)."""
-        compile_blocks(self.denoiser.network, mode)
+        for denoiser in {id(one): one for one in (self.denoiser, *self._others.values())}.values():
+            compile_blocks(denoiser.network, mode)
         return self
 
     is_pipeline: ClassVar[bool] = False
@@ -166,4 +207,56 @@ def load_run(
     denoiser.to(device_of(device))
     if compile:
         compile_blocks(denoiser.network)
-    return LoadedRun(folder, cfg, denoiser)
+    return LoadedRun(folder, cfg, denoiser, ema)
+
+
+# Several networks ----------------------------------------------------------------------------------------------------
+
+
+def other_run(named: str) -> RunFolder:
+    """The folder of a run whose network a policy names. Raises UsageError or RunError where it is none of ours."""
+    try:
+        folder = RunFolder.open(named)
+        refuse_pipeline(folder.config)
+    except UserError as error:
+        raise type(error)(f"the other network that the policy names: {error}") from error
+    return folder
+
+
+def side_by_side(denoiser: Denoiser, name: str, others: Mapping[str, Denoiser]) -> Denoiser:
+    """One denoiser of the networks of several runs, each a path: that of `denoiser` first, then `others` in order.
+
+    The modules are shared, not copied. Rows that no plan routes take path 0, so full compute is `denoiser`'s own.
+
+    Args:
+        name: of the first, for messages.
+        others: by run folder.
+
+    Raises:
+        UsageError: another process, images, conditioning or prediction, or a network of several paths.
+    """
+    network = denoiser.network
+    for named, other in others.items():
+        pair = f"{name} and the other network's run {named} do not go together"
+        ours, theirs = (_process(one) for one in (denoiser, other))
+        if ours != theirs:
+            raise UsageError(f"{pair}: the processes are {ours} and {theirs}; train both on one")
+        if network.in_channels == other.network.in_channels and network.out_channels != other.network.out_channels:
+            says = ["a variance" if one.out_channels > one.in_channels else "none" for one in (network, other.network)]
+            raise UsageError(
+                f"{pair}: they predict {' and '.join(says)} ({network.out_channels} and {other.network.out_channels} "
+                f"channels of {network.in_channels}); train both alike"
+            )
+        try:
+            SeparateNetworks(SeparateConfig([network, other.network], None))
+        except UsageError as error:
+            raise UsageError(f"{pair} (as networks.0 and networks.1): {error}") from error
+    networks = [network, *(other.network for other in others.values())]
+    joined = Denoiser(SeparateNetworks(SeparateConfig(networks, None)), denoiser.process)
+    return joined.train(denoiser.training)
+
+
+def _process(denoiser: Denoiser) -> str:
+    """A process as messages show it; equal for processes that are the same."""
+    config = getattr(denoiser.process, "config", None)
+    return type(denoiser.process).__name__ if config is None else str(config)

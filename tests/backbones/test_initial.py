@@ -13,9 +13,12 @@ from torch import Tensor
 from gearshift.backbones.base import Backbone
 from gearshift.backbones.exits import EarlyExit, ExitsConfig
 from gearshift.backbones.initial import load_into
+from gearshift.backbones.unet import UNet
 from gearshift.backbones.uvit import UViT, UViTConfig
 from gearshift.backbones.weights import export_safetensors
 from gearshift.runtime.errors import RunError, UsageError, UserError
+
+from .unets import STANDARD
 
 SHAPE = dict(image_size=8, in_channels=3, patch_size=2, embed_dim=16, depth=2, num_heads=2)
 State = dict[str, Tensor]
@@ -162,6 +165,21 @@ def test_a_finished_model_needs_its_heads(tmp_path: Path) -> None:
         ours = exits(2, uncertainty="none")  # without heads there is nothing to miss
         load_into(ours, source, heads=True)
         assert equal(state(ours.backbone), state(plain(1)))
+
+
+def test_heads_that_nothing_can_begin_are_no_finished_model(tmp_path: Path) -> None:
+    """The levels of a U-Net have no readout that could be copied; training begins with new heads."""
+    theirs = UNet(STANDARD)
+    source = exported(tmp_path, theirs)
+    ours = EarlyExit(ExitsConfig(head="per_exit", uncertainty="none"), UNet(STANDARD))
+    assert len(ours.exits()) > 1
+    before = part(state(ours), "exit_heads.")
+    line = refused(UsageError, ours, source, heads=True)
+    assert line.startswith(
+        f"{source} holds no exit heads, and at the depths {list(ours.exits()[:-1])} UNet has no readout"
+    )
+    load_into(ours, source, heads=False)
+    assert equal(state(ours.backbone), state(theirs)) and equal(part(state(ours), "exit_heads."), before)
 
 
 # Exported files ------------------------------------------------------------------------------------------------------

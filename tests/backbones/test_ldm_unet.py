@@ -187,7 +187,7 @@ def test_decoders_share_nothing() -> None:
     assert all(parameters) and not set.intersection(parameters[0], parameters[1] | parameters[2])
     has = [any(isinstance(m, SpatialAttention) for m in decoder.modules()) for decoder in network.decoders]
     assert has == [True, False, True]
-    assert [network.width(1, path) for path in range(3)] == [24, 16, 8]
+    assert [network.width(network.num_blocks(path), path) for path in range(3)] == [24, 16, 8]
 
 
 # Details -------------------------------------------------------------------------------------------------------------

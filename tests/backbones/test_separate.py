@@ -11,8 +11,10 @@ from torch import Tensor
 from gearshift.backbones.base import Backbone
 from gearshift.backbones.exits import EarlyExit, ExitsConfig
 from gearshift.backbones.separate import SeparateConfig, SeparateNetworks
+from gearshift.backbones.uvit import UViT, UViTConfig
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
+from gearshift.execution.cost import CostTable
 from gearshift.execution.executor import execute
 from gearshift.execution.plan import StepPlan
 from gearshift.execution.stream import Rows, Stream
@@ -165,6 +167,66 @@ def test_from_a_configuration() -> None:
 def test_what_does_not_go_together(networks: list[Any], boundaries: list[float], line: str) -> None:
     with pytest.raises(UsageError, match=line):
         config.build(node(networks, boundaries))
+
+
+# Networks that plans choose between ----------------------------------------------------------------------------------
+
+
+def test_without_levels_the_plan_says_and_else_it_is_the_first() -> None:
+    torch.manual_seed(0)
+    networks: list[Any] = [Isotropic(), Isotropic(depth=2)]
+    both = SeparateNetworks(SeparateConfig(networks, None))
+    assert both.by_plan and both.boundaries == () and not build("separate").by_plan
+    assert both.route(torch.tensor([-1e9, 0.0, 1e9], dtype=torch.float64)).tolist() == [0, 0, 0]
+    x, cond = torch.randn(3, 2, 8, 8), torch.arange(3)
+    times = torch.tensor([0.1, 0.5, 0.9])
+    process = VPSDE(VPSDEConfig())
+    for plan, own in ((StepPlan(), networks[0]), (StepPlan(expert=0), networks[0]), (StepPlan(expert=1), networks[1])):
+        found = Denoiser(both, process).rows(x, times, cond, plan).prediction
+        assert torch.equal(found, Denoiser(own, process).rows(x, times, cond).prediction)
+
+
+def test_heads_and_exits_are_each_network_s_own() -> None:
+    torch.manual_seed(0)
+    deep = EarlyExit(ExitsConfig(uncertainty="token_mean", depths=[2]), Isotropic())
+    shallow = Isotropic(depth=2)
+    both = SeparateNetworks(SeparateConfig([shallow, deep], None))
+    assert both.exits(0) == both.readable(0) == (1, 2) and both.exits(1) == (2, 4)
+    assert both.has_uncertainty and not SeparateNetworks(SeparateConfig([shallow], None)).has_uncertainty
+    assert [both.predicts_error(2, path) for path in (0, 1)] == [False, True]
+    hidden, time = torch.randn(3, 16, 16), torch.rand(3)
+    assert torch.equal(both.uncertainty(hidden, time, 2, 1), deep.uncertainty(hidden, time, 2))
+    assert torch.equal(both.mean_uncertainty(hidden, time, 4, 1), deep.mean_uncertainty(hidden, time, 4))
+    [found] = both.uncertainties([hidden], time, [2], 1)
+    assert torch.equal(found, deep.uncertainty(hidden, time, 2))
+    table, alone = CostTable.measure(both), CostTable.measure(deep)
+    heads = {key: cost for key, cost in table.entries.items() if key[0] == "uncertainty"}
+    assert heads == {
+        ("uncertainty", 1, depth, "full"): alone.entries["uncertainty", 0, depth, "full"] for depth in (2, 4)
+    }
+
+
+def test_one_network_within_another_is_entered_too() -> None:
+    torch.manual_seed(0)
+    inner = SeparateNetworks(SeparateConfig([Isotropic()]))
+    both = SeparateNetworks(SeparateConfig([Isotropic(depth=2), inner], None))
+    x, time, cond = torch.randn(3, 2, 8, 8), torch.rand(3), torch.arange(3)
+    found = execute(both, both.embed(x, time, cond), StepPlan(expert=1)).prediction
+    assert torch.equal(found, execute(inner, inner.embed(x, time, cond), StepPlan()).prediction)
+
+
+def test_texts_of_two_shapes_do_not_go_together() -> None:
+    shape: Any = dict(image_size=8, in_channels=1, patch_size=4, embed_dim=8, depth=2, num_heads=2, context_dim=5)
+    networks: list[Any] = [UViT(UViTConfig(context_tokens=tokens, **shape)) for tokens in (3, 4)]
+    with pytest.raises(UsageError, match=r"networks.0 takes text of \(3, 5\) and networks.1 of \(4, 5\)"):
+        SeparateNetworks(SeparateConfig(networks, None))
+    assert SeparateNetworks(SeparateConfig([networks[0]] * 2, None)).cond_kind == "text"
+
+
+def test_levels_can_be_left_out_of_a_configuration() -> None:
+    network = config.build({**node([NODE, {**NODE, "depth": 4}], []), "boundaries": None})
+    assert network.by_plan and [len(path) for path in network.paths] == [3, 5]
+    assert network.config.shrunk().boundaries is None
 
 
 def test_a_network_of_several_paths_is_not_one_of_several() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from gearshift.backbones.exits import EarlyExit, ExitsConfig
 from gearshift.backbones.unet import UNet
 from gearshift.backbones.unet_config import UNetConfig
 from gearshift.execution.executor import execute
@@ -48,6 +51,18 @@ def drawn(config: UNetConfig, dtype: torch.dtype = torch.float64, seed: int = 0)
             else:
                 nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3)
     return network.to(dtype).eval()
+
+
+def with_exits(network: UNet, **settings: Any) -> EarlyExit:
+    """Exits behind every decoder level, whose heads are not trivial either."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        wrapped = EarlyExit(ExitsConfig(head="per_exit", **settings), network)
+        for heads in (wrapped.exit_heads, wrapped.uncertainty_heads):
+            for parameter in heads.parameters():
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return wrapped.eval()
 
 
 def inputs(config: UNetConfig, rows: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from gearshift.api import side_by_side
 from gearshift.backbones.dit import DiT, DiTConfig
+from gearshift.backbones.unet import UNet
+from gearshift.backbones.unet_config import UNetConfig
 from gearshift.backbones.uvit import UViT, UViTConfig
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, VPSDEConfig
 from gearshift.evaluation.baselines import EQUAL, Target, baselines_of, best
+from gearshift.evaluation.report import baseline_lines
 from gearshift.evaluation.rows import Row, plan_rows
+from gearshift.evaluation.savings import contests
 from gearshift.evaluation.settings import BASELINES, EvaluationConfig
 from gearshift.execution.cost import CostTable
 from gearshift.policies import (
@@ -26,12 +31,16 @@ from gearshift.policies import (
     ExitSchedule,
     FixedDepth,
     Full,
+    NetworkSwitch,
     Planned,
     Policy,
     SkipEvery,
 )
+from gearshift.runtime.errors import UsageError
 from gearshift.sampling.costs import macs_of
 from gearshift.sampling.loop import Sampler, sample
+
+from ..toys import TwoDecoders
 
 SHAPE: dict[str, Any] = dict(image_size=8, in_channels=1, patch_size=4, embed_dim=8, num_heads=2)
 DDIM = "gearshift.diffusion.solvers.ddim.DDIM"
@@ -44,8 +53,14 @@ def denoiser_of(kind: str) -> Denoiser:
         torch.manual_seed(0)
         if kind == "dit":
             network: Any = DiT(DiTConfig(depth=4, num_classes=3, **SHAPE))
+        elif kind == "two":
+            network = TwoDecoders()
+        elif kind == "unet":
+            sizes: Any = dict(image_size=8, in_channels=2, model_channels=8, channel_mult=(1, 2), num_blocks=1)
+            network = UNet(UNetConfig(**sizes, attention_resolutions=(4,)))
         else:
-            network = UViT(UViTConfig(depth=6, num_classes=3, null_class=True, **SHAPE))
+            depth = {"uvit": 6, "shallow": 2, "deeper": 8}[kind]
+            network = UViT(UViTConfig(depth=depth, num_classes=3, null_class=True, **SHAPE))
     return Denoiser(network.eval().requires_grad_(False), VPSDE(VPSDEConfig()))
 
 
@@ -54,9 +69,17 @@ def table_of(kind: str) -> CostTable:
     return CostTable.measure(denoiser_of(kind).network)
 
 
+@cache
+def beside(denoiser: Denoiser, other: str) -> Denoiser:
+    return side_by_side(denoiser, "run=own", {other: denoiser_of(other)})
+
+
 def maker(denoiser: Denoiser) -> Make:
+    """Runs that policies name are kinds of `denoiser_of`."""
+
     def make(policy: Policy, solver: Any, **options: Any) -> Sampler:
-        made = Sampler(denoiser, solver, policy, **options)
+        own = beside(denoiser, *policy.others()) if policy.others() else denoiser
+        made = Sampler(own, solver, policy, **options)
         made.check()
         return made
 
@@ -230,13 +253,188 @@ def test_deep_features_are_the_nearest_that_save_enough_by_the_smallest_interval
     assert row.note == "saves less, though 7 of 8 calls reuse"
 
 
+@pytest.mark.parametrize("kind", ["uvit", "dit"])
+def test_one_exit_is_the_deepest_that_is_cheap_enough(kind: str) -> None:
+    bench = Bench(ddim(4), kind=kind, baselines=["fixed_depth"])
+    costs = {depth: bench.macs(FixedDepth(depth)) for depth in bench.denoiser.network.exits()}
+    for depth in (1, 2, len(costs) - 1):
+        for macs in (costs[depth], costs[depth] + 0.9 * (costs[depth + 1] - costs[depth])):
+            [row] = bench.at((macs + 0.5) / bench.full_macs)
+            assert (row.name, row.baseline, row.note) == (f"depth {depth}", "fixed_depth", None)
+            assert row.sampler.policy == FixedDepth(depth)
+    [row] = bench.at(0.5 * costs[1] / bench.full_macs)
+    assert (row.name, row.note) == ("depth 1", "saves less, though it is the first exit")
+    [chunk] = sample(row.sampler, 4, table=bench.table)
+    assert chunk.ledger.macs_per_image == costs[1], "no uncertainty head is asked"
+
+
+def test_one_exit_needs_an_exit_on_every_path() -> None:
+    """Depth 5 is one of the longer decoder alone, and the shorter would run past it; 6 is where the shorter ends."""
+    bench = Bench(ddim(4), kind="two", labels="uniform", baselines=["fixed_depth"])
+    assert [bench.denoiser.network.exits(path) for path in (0, 1)] == [(3, 4, 6), (2, 3, 5, 7)]
+    [row] = bench.at(0.999)
+    assert row.sampler.policy == FixedDepth(3)
+    sample(row.sampler, 4, table=bench.table)
+
+
+def test_a_network_without_exits_has_no_fixed_depth() -> None:
+    assert Bench(ddim(4), kind="unet", labels="uniform", baselines=["fixed_depth"]).at(0.5) == []
+
+
+# A smaller network ---------------------------------------------------------------------------------------------------
+
+
+def shallow(solver: Any = None, **settings: Any) -> Bench:
+    baselines = ["duodiff", "small_network"]
+    return Bench(ddim(8) if solver is None else solver, **{"shallow": "shallow", "baselines": baselines, **settings})
+
+
+@cache
+def table_beside(denoiser: Denoiser) -> CostTable:
+    return CostTable.measure(denoiser.network)
+
+
+def spent(row: Row) -> float:
+    [chunk] = sample(row.sampler, 4, table=table_beside(row.sampler.denoiser))
+    return chunk.ledger.macs_per_image
+
+
+@pytest.mark.parametrize("guidance", [{}, {"guidance": 2.0}, {"guidance": 2.0, "guidance_interval": [-2.0, 3.0]}])
+@pytest.mark.parametrize("solver", [ddim(8), "edm_heun"], ids=str)
+def test_the_fewest_calls_of_the_smaller_network_that_are_cheap_enough(solver: Any, guidance: dict[str, Any]) -> None:
+    bench = shallow(solver, **guidance)
+    for share in (0.6, 0.85):
+        duo, small = bench.at(share)
+        policy = duo.sampler.policy
+        assert isinstance(policy, NetworkSwitch) and policy.calls is not None
+        assert (duo.name, duo.baseline) == (f"DuoDiff, first {policy.calls} calls", "duodiff")
+        fewer = replace(duo, sampler=replace(duo.sampler, policy=replace(policy, calls=policy.calls - 1)))
+        assert spent(duo) <= share * bench.full_macs < spent(fewer)
+        assert (small.name, small.baseline, small.note) == ("small network", "small_network", None)
+        assert small.sampler.policy == NetworkSwitch("shallow")
+        assert duo.equal_macs_to == small.equal_macs_to == "row 0"
+    alone = Sampler(denoiser_of("shallow"), bench.full.sampler.solver, Full(), chunk=4, labels="balanced")
+    alone = replace(alone, guidance=bench.settings.guidance, guidance_interval=bench.full.sampler.guidance_interval)
+    [images] = sample(alone, 4)
+    [found] = sample(small.sampler, 4, table=table_beside(small.sampler.denoiser))
+    assert torch.equal(found.images, images.images) and spent(small) == images.ledger.macs_per_image
+
+
+def test_what_costs_more_than_it_is_set_against_says_so() -> None:
+    bench = shallow()
+    own = spent(bench.at(0.6)[1]) / bench.full_macs
+    [row] = bench.at(0.9 * own)
+    assert (row.baseline, row.note) == ("small_network", "costs more than row 0"), "and is DuoDiff at all calls"
+    duo, small = bench.at(0.6, 0.9 * own)
+    assert duo.baseline == "duodiff" and small.note == "also against row 1; costs more than row 1"
+    assert (small.equal_macs_to, small.also_against) == ("row 0", ("row 1",))
+    [row] = shallow(baselines=["duodiff"]).at(0.9 * own)
+    assert row.sampler.policy == NetworkSwitch("shallow", 8)
+    assert row.note == "saves less, though 8 of 8 calls are the smaller network's"
+
+
+def test_a_network_that_is_no_smaller_is_no_baseline() -> None:
+    assert shallow(shallow="deeper").at(0.5) == shallow(shallow="uvit").at(0.5) == []
+
+
+def test_no_smaller_network_no_such_baseline() -> None:
+    assert shallow(shallow=None).at(0.5) == []
+    assert shallow(baselines=["small_network"]).at(0.5)[0].baseline == "small_network"
+    with pytest.raises(UsageError, match=r"shallow=x would not be read: .*has neither duodiff nor small_network"):
+        shallow(shallow="x", baselines=["hurry"])
+    assert shallow(shallow="x", equal_macs=False).settings.shallow == "x", "nothing is looked for that nobody asks for"
+
+
+def test_a_smaller_network_that_does_not_fit_is_refused_before_anything_is_sampled() -> None:
+    with pytest.raises(UsageError, match="run=own and the other network's run dit do not go together"):
+        shallow(shallow="dit")
+
+
+def test_the_same_calls_by_another_network_are_another_row() -> None:
+    """And by the same one they are not added again."""
+    calls = shallow().at(0.6)[0].sampler.policy.calls
+    node = {"_target_": "gearshift.policies.NetworkSwitch", "calls": calls}
+    for other, kinds in (("shallow", ["small_network"]), ("deeper", ["duodiff", "small_network"])):
+        bench = shallow(policies={"asked": {**node, "other": other}})
+        assert [row.baseline for row in bench.at(0.6)] == kinds
+
+
+# Who wins ------------------------------------------------------------------------------------------------------------
+
+
+def result(name: str, macs: float, fd: float | None, psnr: float | None, **more: Any) -> dict[str, Any]:
+    identical = float(psnr is None)
+    return {
+        "name": name,
+        "macs_per_image": macs,
+        "fd_x": fd,
+        "psnr_to_full": psnr,
+        "identical_to_full": identical,
+        **more,
+    }
+
+
+def against(name: str, *values: Any, **more: Any) -> dict[str, Any]:
+    return result(name, *values, equal_macs_to="exit", **more)
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "tail"),
+    [
+        ((0.9, 2.0, 20.0), "exit beats base at 90 %", ": fd_x 1.00 against 2.00, PSNR to full 30.0 against 20.0 dB"),
+        ((1.0, 1.0, 30.0), "exit does not beat", ": fd_x 1.00 against 1.00, PSNR to full 30.0 against 30.0 dB"),
+        ((1.0, 0.5, 40.0), "exit does not beat", ": fd_x 1.00 against 0.500, PSNR to full 30.0 against 40.0 dB"),
+        ((1.2, 2.0, 40.0), "exit beats", " in fd_x 1.00 against 2.00; not in PSNR to full 30.0 against 40.0 dB"),
+        ((1.0, None, 20.0), "exit beats", "100 % of the MACs: PSNR to full 30.0 against 20.0 dB"),
+        ((1.0, 1.001, None), "exit does not beat", ": fd_x 1.00 against 1.00, PSNR to full 30.0 against identical dB"),
+    ],
+)
+def test_who_wins_is_read_off_the_numbers(base: tuple[Any, ...], head: str, tail: str) -> None:
+    """What prints alike is no difference."""
+    [line] = contests([result("exit", 1.0, 1.0, 30.0), against("base", *base)])
+    assert line.startswith(head) and line.endswith(tail)
+
+
+def test_within_the_spread_over_repeats_nobody_wins() -> None:
+    row = result("exit", 1.0, 1.0, 30.0, sd={"fd_x": 0.1, "psnr_to_full": 0.1})
+    [line] = contests([row, against("base", 1.0, 1.2, 29.0, sd={"fd_x": 0.3})])
+    assert line.startswith("exit beats base at 100 % of the MACs in PSNR to full") and "; not in fd_x" in line
+
+
+def test_every_baseline_is_held_against_all_that_it_was_made_for() -> None:
+    rows = [
+        result("skip", 1.0, 2.0, 20.0),
+        result("exit", 2.0, 1.0, 30.0),
+        against("shared", 1.0, 1.5, 25.0, also_against=["skip"]),
+        against("own", 2.0, 1.5, 25.0),
+        against("unmeasured", 2.0, None, None, identical_to_full=0.0),
+        result("of nobody", 1.0, 0.1, 50.0),
+    ]
+    assert [line.partition(" at ")[0] for line in contests(rows)] == [
+        "skip does not beat shared",
+        "exit beats shared",
+        "exit beats own",
+    ]
+    assert contests(rows[:2]) == []
+
+
+def test_the_report_says_what_they_are() -> None:
+    kinds = {"fixed_depth": "depth 2", "duodiff": "DuoDiff, first 3 calls", "small_network": "small network"}
+    lines = baseline_lines([against(name, 1.0, 1.0, 1.0, baseline=kind, note="n") for kind, name in kinds.items()])
+    assert lines == [
+        "depth 2: one exit at every call, nothing asked, against exit (n)",
+        "DuoDiff, first 3 calls: a smaller network trained from scratch at the first calls, against exit (n)",
+        "small network: a smaller network trained from scratch at every call, at its own MACs, against exit (n)",
+    ]
+
+
 # Where there are none ------------------------------------------------------------------------------------------------
 
 
 def test_schedules_need_what_they_reuse() -> None:
     kinds = [row.baseline for row in Bench(ddim(8), kind="dit").at(0.5)]
-    assert kinds == ["fewer_steps", "other_grid", "hurry"], "a DiT has no long skips"
-    assert [row.baseline for row in Bench(ddim(1)).at(0.5)] == [], "one call has nothing before it"
+    assert kinds == ["fewer_steps", "other_grid", "hurry", "fixed_depth"], "a DiT has no long skips"
+    assert [row.baseline for row in Bench(ddim(1)).at(0.5)] == ["fixed_depth"], "one call has nothing before it"
 
 
 def test_what_was_asked_for_is_not_added_again() -> None:

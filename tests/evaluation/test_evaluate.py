@@ -132,7 +132,13 @@ def test_baselines_cost_what_was_counted_and_what_they_are_set_against(evaluator
     e.run()
     found = rows(e)
     added = {name: row for name, row in found.items() if "equal_macs_to" in row}
-    assert {row["baseline"] for row in added.values()} == {"fewer_steps", "other_grid", "hurry", "deep_features"}
+    assert {row["baseline"] for row in added.values()} == {
+        "fewer_steps",
+        "other_grid",
+        "hurry",
+        "deep_features",
+        "fixed_depth",
+    }
     for name, row in added.items():
         sampler = e.rows[name].row.sampler
         assert macs_of(sampler, sampler.policy, e.table) == row["macs_per_image"]
@@ -160,7 +166,7 @@ def test_two_entries_of_one_solver_have_a_reference_each(evaluator: Make, monkey
         seconds = {}
         for name, sampler in samplers.items():
             ran.append(name)
-            chunk = sample_chunk(sampler, torch.arange(settings.images), table)
+            chunk = sample_chunk(sampler, torch.arange(settings.images), table[name])
             seconds[name] = float(chunk.ledger.depth[:, 0, 0].sum())
             on_pass(name)
         found = {
@@ -239,6 +245,18 @@ def test_rows_are_the_images_of_the_sampler(evaluator: Make) -> None:
     shown = pictures(e)
     assert shown.samples["full"].shape == (5, 1, 8, 8)
     assert shown.depths["depth 2"].shape == (4, 5) and (shown.depths["depth 2"] == 2).all()
+
+
+def test_what_is_shown_of_calls_is_what_was_asked_for(evaluator: Make) -> None:
+    """Skipped calls are marked; a branch that guidance does not ask for outside its interval has skipped nothing."""
+    e = evaluator(policies={"skip": SKIP}, classes=True, guidance=2.0, guidance_interval=[-100.0, 0.0])
+    e.run()
+    shown, ledger = pictures(e), e.rows["full"].ledger
+    assert set(ledger.branches.tolist()) == {1, 2} and not ledger.called.all()
+    assert shown.called["full"].shape == shown.depths["full"].shape == (4, 12) and shown.called["full"].all()
+    assert (shown.depths["full"] == DEPTH).all()
+    assert shown.called["skip"].all(axis=1).tolist() == [True, False, True, False]
+    assert not shown.called["skip"][1::2].any() and (shown.depths["skip"][::2] == DEPTH).all()
 
 
 @pytest.mark.parametrize(

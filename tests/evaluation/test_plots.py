@@ -57,7 +57,7 @@ def test_figures_are_pictures_and_do_not_touch_pyplot():
         pareto.quality_against_cost([{**ROWS[0], "images_per_s": None}], "fd_classifier_digits"),
         pareto.quality_against_cost(ROWS, "psnr_to_full", quality_marks=["a", "a", "b"], time_marks=["a", "b", "b"]),
         figures.exits_over_time({f"run {k}": np.full((1 + k, 4), k) for k in range(5)}),
-        figures.exits_over_time({"never": np.zeros((3, 4), dtype=int)}),
+        figures.exits_over_time({"never": np.zeros((3, 4), dtype=int)}, called={"never": np.zeros((3, 4), dtype=bool)}),
         figures.distributions(per_image, ROWS),
     ):
         shown = picture(content)
@@ -215,17 +215,19 @@ def test_every_named_measure_has_a_side():
 
 def test_means_are_over_calls_that_ran():
     depth = np.array([[7, 7, 7, 7], [0, 0, 0, 0], [3, 5, 0, 0]])
-    assert figures._summary(depth) == "mean depth 6.00, 50 % of calls skipped"
-    assert figures._summary(np.zeros((2, 2), dtype=int)) == "100 % of calls skipped"
-    assert figures._summary(np.full((2, 2), 4)) == "mean depth 4.00"
+    assert figures._summary(depth, depth > 0) == "mean depth 6.00, 50 % of calls skipped"
+    assert figures._summary(depth, np.ones_like(depth, dtype=bool)) == "mean depth 3.00", "0 blocks are a call, too"
+    assert figures._summary(np.zeros((2, 2), dtype=int), np.zeros((2, 2), dtype=bool)) == "100 % of calls skipped"
+    assert figures._summary(np.full((2, 2), 4), np.ones((2, 2), dtype=bool)) == "mean depth 4.00"
 
 
 def test_reuse_is_told_beside_depth_and_skips():
     depth = np.array([[7, 7], [7, 0], [3, 3]])
     reused = np.array([[0, 0], [7, 0], [2, 1]])
-    assert figures._summary(depth, np.zeros_like(depth)) == figures._summary(depth)
-    assert figures._summary(depth, reused) == "mean depth 5.40, 17 % skipped, 37 % reuse"
-    assert figures._summary(depth[::2], reused[::2]) == "mean depth 5.00, 15 % of blocks reuse"
+    called = depth > 0
+    assert figures._summary(depth, called, np.zeros_like(depth)) == figures._summary(depth, called)
+    assert figures._summary(depth, called, reused) == "mean depth 5.40, 17 % skipped, 37 % reuse"
+    assert figures._summary(depth[::2], called[::2], reused[::2]) == "mean depth 5.00, 15 % of blocks reuse"
 
 
 def test_blocks_that_reuse_are_hatched():
@@ -255,11 +257,27 @@ def test_skipped_calls_are_drawn_as_such():
     grey = np.array([int(plots.MUTED[k : k + 2], 16) for k in (1, 3, 5)])
 
     def blocks(shown):
-        same = (np.abs(picture(figures.exits_over_time({"a": shown})).astype(int) - grey).max(axis=2) < 3).sum(axis=0)
+        content = figures.exits_over_time({"a": shown}, called={"a": shown > 0})
+        same = (np.abs(picture(content).astype(int) - grey).max(axis=2) < 3).sum(axis=0)
         tall = same > 15  # columns of pixels with more grey than text and frames have
         return int((np.diff(tall.astype(int)) == 1).sum())
 
     assert blocks(skipping) - blocks(depth) == 2
+
+
+def test_an_exit_before_the_first_block_is_a_depth_and_no_skip():
+    """A row of its own, blue where samples left there, below which skipped calls have theirs."""
+    depth = np.full((6, 8), 4)
+    depth[[1, 4]] = 0
+    called = np.ones_like(depth, dtype=bool)
+    shown = picture(figures.exits_over_time({"a": depth})).astype(int)
+    deep = (shown[..., 2] - shown[..., 0] > 60).sum()
+    never = picture(figures.exits_over_time({"a": depth}, called={"a": depth > 0})).astype(int)
+    assert deep > 1.2 * (never[..., 2] - never[..., 0] > 60).sum()
+    called[2] = False
+    assert figures.exits_over_time({"a": depth}, called={"a": called}) != figures.exits_over_time({"a": depth})
+    # Shares are of all samples, percentiles of those that were called.
+    assert figures._summary(depth, called) == "mean depth 2.40, 17 % of calls skipped"
 
 
 def test_distributions_need_something_finite():

@@ -244,5 +244,6 @@ def test_reuse_is_in_the_figure_and_said_below_it(tmp_path):
     kept = [{**row, "kept_bytes_per_image": 9216} for row in ROWS]
     assert any("Kept per image" in line for line in how_to_read(kept))
     assert not any("Kept per image" in line for line in how_to_read([{**ROWS[0], "kept_bytes_per_image": 0}]))
-    with pytest.raises(ValueError, match="nobody"):
-        write_report(tmp_path, results(), Pictures(reused={"nobody": depths["exit <0.1> & co"]}))
+    for where in ("reused", "called"):
+        with pytest.raises(ValueError, match="nobody"):
+            write_report(tmp_path, results(), Pictures(**{where: {"nobody": depths["exit <0.1> & co"]}}))

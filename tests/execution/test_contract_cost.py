@@ -67,13 +67,13 @@ def test_each_row_pays_for_what_it_ran(subject: Subject) -> None:
 
 
 def test_rows_that_are_carried_are_charged(subject: Subject) -> None:
-    """Below `min_fraction` rows that have left run on, and the trace says so; they are read out where they left."""
+    """Where dropping does not pay rows that left run on, and the trace says so; they are read out where they left."""
     first, last = subject.exits[0], subject.exits[-1]
     if first == last:
         pytest.skip("one exit")
     depths = torch.full((subject.rows,), last)
     depths[2] = first  # 1 of 6 rows
-    carried = macs_per_row(subject.table(), subject.run(subject.plan(depth=depths), packing=Packing(0.5)).trace, 6)
+    carried = macs_per_row(subject.table(), subject.run(subject.plan(depth=depths), packing=Packing(100.0)).trace, 6)
     entries = subject.table().entries
     rest = sum(entries["block", subject.path, block, "full"].macs for block in subject.blocks[first:])
     assert carried[2] == by_hand(subject, first) + rest

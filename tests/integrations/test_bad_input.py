@@ -23,6 +23,7 @@ from gearshift.policies import (
     Full,
     Planned,
     Policy,
+    SaturationExit,
     SkipEvery,
     UncertaintyExit,
 )
@@ -187,6 +188,7 @@ UNFIT: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     ("dit", lambda: BypassSchedule([1, 0]), ("BypassSchedule", "DiTTransformer2DModel", "ExitSchedule")),
     ("sd", lambda: UncertaintyExit(0.5), ("UncertaintyExit", "UNet2DConditionModel", "uncertainty heads")),
     ("dit", lambda: UncertaintyExit(0.5), ("UncertaintyExit", "DiTTransformer2DModel", "uncertainty heads")),
+    ("dit", lambda: SaturationExit(0.1), ("SaturationExit", "DiTTransformer2DModel", "within a call", "a fixed depth")),
     ("wan", lambda: AdaptiveSkip(decision="per_sample"), ("per_sample", "WanTransformer3DModel", "batch_mean")),
     ("sd", lambda: AttentionReuse(operator="qk", interval=2, layers=[0, 99]), ("layers [99]", "UNet2D", "[0, 1, 5,")),
     ("sd", lambda: AttentionReuse(operator="qk", interval=2, layers=[2]), ("layers [2]", "UNet2D", "no attention")),

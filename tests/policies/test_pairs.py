@@ -39,7 +39,7 @@ from gearshift.policies import (
     SkipEvery,
     UncertaintyExit,
 )
-from gearshift.policies.uncertainty import BelowThreshold
+from gearshift.policies.threshold_exit import BelowThreshold
 from gearshift.runtime import keys
 from gearshift.runtime.errors import UsageError
 from gearshift.sampling.loop import Chunk, Sampler, sample_chunk

@@ -36,7 +36,8 @@ def subject(rows: int = 8, **config: object) -> Subject:
 
 
 def plan(policy: UncertaintyExit, s: Subject, batch: int | None = None) -> StepPlan:
-    return policy.plan(RunInfo((), s.backbone, batch or s.rows, s.rows // (batch or s.rows)), None)  # type: ignore[arg-type]
+    run = RunInfo((), s.backbone, batch or s.rows, s.rows // (batch or s.rows))
+    return policy.plan(policy.begin(run), None)  # type: ignore[arg-type]
 
 
 def means(s: Subject) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from gearshift.diffusion.solvers.dpmpp_2m import DPMpp2M, DPMpp2MConfig
 from gearshift.execution.plan import StepPlan
 from gearshift.policies import ExitSchedule, FixedDepth
 from gearshift.sampling.loop import sample_chunk
+from gearshift.sampling.switching import DepthWatch
 
 from ..contract import Impatient, cost_table
 from .test_loop import Script, images, sampler
@@ -44,6 +46,17 @@ def test_other_dropped_blocks_are_another_depth() -> None:
     assert solver.told == [False, False, True, False, True, False, False]
 
 
+def test_another_network_of_the_same_depth_is_a_switch() -> None:
+    def told(*experts: int | Tensor) -> list[bool | Tensor]:
+        watch = DepthWatch(1, 2)
+        prediction: Any = SimpleNamespace(called=torch.tensor([True, True]), depth=torch.tensor([3, 3]))
+        return [watch.switched(StepPlan(expert=one), prediction, torch.device("cpu")) for one in experts]
+
+    assert told(1, 1, 0, 0) == [False, False, True, False]
+    mixed = told(torch.tensor([1, 0]), torch.tensor([0, 0]))
+    assert mixed[0] is False and torch.equal(torch.as_tensor(mixed[1]), torch.tensor([True, False]))
+
+
 def test_samples_that_leave_on_their_own_are_told_apart() -> None:
     solver = Telling(True)
     s = sampler(solver=solver, policy=Script(tuple([StepPlan(exit=Impatient())] * 7)), guidance=2.0)
@@ -53,6 +66,16 @@ def test_samples_that_leave_on_their_own_are_told_apart() -> None:
     for before, after, told in zip(depths, depths[1:], solver.told[1:], strict=False):
         changed = (before != after).reshape(2, 4).any(0)
         assert torch.equal(torch.as_tensor(told).expand(4), changed)
+
+
+def test_the_embedding_is_a_depth_like_others() -> None:
+    """Samples that were read from it switch when they go deeper; a sample that was never called switches nothing."""
+    watch = DepthWatch(branches=2, batch=3)
+    told: list[list[bool]] = []
+    for depth, called in (([0, 0, 4], [True, True, False]), ([0, 4, 4], [True] * 3), ([2, 4, 0], [True] * 3)):
+        seen: Any = SimpleNamespace(called=torch.tensor(called * 2), depth=torch.tensor(depth * 2))
+        told.append(torch.as_tensor(watch.switched(StepPlan(), seen, torch.device("cpu"))).expand(3).tolist())
+    assert told == [[False] * 3, [False, True, False], [True, False, True]]
 
 
 def test_without_a_restart_nothing_is_followed() -> None:

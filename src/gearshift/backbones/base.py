@@ -34,6 +34,7 @@ class Backbone(nn.Module):
         cond_kind: "none", "class" (int64 labels [n]) or "text" (float [n, L, D]).
         num_classes: labels are 0..num_classes-1; None unless `cond_kind` is "class".
         has_uncertainty: whether `uncertainty` is defined.
+        takes_exit_rules: whether rows can leave within a call as they are seen, and not by plan alone.
     """
 
     blocks: Any  # nn.ModuleList, or a property giving modules that are registered under other names
@@ -49,6 +50,7 @@ class Backbone(nn.Module):
     cond_kind: str = "none"
     num_classes: int | None = None
     has_uncertainty: bool = False
+    takes_exit_rules: bool = True
 
     @property
     def name(self) -> str:
@@ -61,6 +63,11 @@ class Backbone(nn.Module):
     def exits(self, path: int = 0) -> tuple[int, ...]:
         """Depths (blocks run along the path) at which `readout` is defined, ascending; the last is the full depth."""
         return (self.num_blocks(path),)
+
+    def readable(self, path: int = 0, *, own: bool = False) -> tuple[int, ...]:
+        """Depths at which an exit can be set, ascending: by the backbone's readout, or (`own`) by a head of the exit's
+        own, made of `readout_modules`. 0 is the state before the first block, which no `exits` name by themselves."""
+        return self.exits(path)
 
     def check_depth(self, depth: int, path: int = 0) -> None:
         """Raises UsageError where `depth` is no exit of the path."""
@@ -107,7 +114,8 @@ class Backbone(nn.Module):
         return [self.readout(h, cond, d, path) for h, d in zip(hiddens, depths, strict=True)]
 
     def readout_modules(self, depth: int, path: int = 0) -> nn.Module:
-        """The modules of `readout` at this depth, to be copied as a head of their own."""
+        """The modules of `readout` at this depth, to be copied as a head of their own; where the backbone has no
+        readout (depths that are `readable` by heads of their own alone), new ones."""
         raise UsageError(f"{self.name} has no readout that could be copied for an exit at depth {depth}")
 
     def readout_with(
@@ -145,6 +153,10 @@ class Backbone(nn.Module):
     def time_features(self, time: Tensor) -> Tensor:
         """Embedding [n, time_width] of the network-fed time, for heads that concatenate it."""
         raise NotImplementedError
+
+    def predicts_error(self, depth: int, path: int = 0) -> bool:
+        """Whether `uncertainty` is defined at this depth."""
+        return self.has_uncertainty
 
     def uncertainty(self, hidden: Tensor, time: Tensor, depth: int, path: int = 0) -> Tensor:
         """Predicted error in [0, 1] after `depth` blocks: a map [n, C, H, W], or one number per row [n]."""
@@ -189,6 +201,10 @@ class Backbone(nn.Module):
     def route(self, log_snr: Tensor) -> Tensor:
         """Path of each row by its noise level: host float64 [n] to host int64 [n]."""
         return torch.zeros(log_snr.shape, dtype=torch.int64)
+
+    def check_timesteps(self, count: int | None, first: float, process: str) -> None:
+        """Raises UsageError where parts of the network follow timesteps that the process of this name does not have: it
+        has `count` of them (None: it is continuous), from `first` on."""
 
     def build_info(self) -> dict[str, Any]:
         """Numbers worth printing: blocks, exits, parameters."""

@@ -223,6 +223,10 @@ class DiT(Backbone):
         """Every depth: all blocks have one width and share the readout."""
         return tuple(range(1, self.num_blocks(path) + 1))
 
+    def readable(self, path: int = 0, *, own: bool = False) -> tuple[int, ...]:
+        """The embedded image too has the readout's width."""
+        return (0, *self.exits(path))
+
     def embed(self, x: Tensor, time: Tensor, cond: Tensor | None) -> Stream:
         """Patches with their positions; c, the sum of time and label embedding, is made once per call.
 

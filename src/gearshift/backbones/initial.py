@@ -61,6 +61,11 @@ def load_state(network: Backbone, state: Mapping[str, Tensor], source: str | os.
             return
         if heads and network.has_uncertainty:
             raise UsageError(f"{source} holds no uncertainty heads; use exits=none")
+        if heads and (bare := network.untold_heads()):
+            raise UsageError(
+                f"{source} holds no exit heads, and at the depths {bare} {network.name} has no readout to begin them "
+                "with; use exits=none"
+            )
         load_strict(network.backbone, state, source)
         network.copy_readout()
     else:

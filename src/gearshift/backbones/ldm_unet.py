@@ -2,7 +2,8 @@
 
 Blocks are the entries of the official `input_blocks` (the first convolution belongs to `embed`), the middle, and those
 of `output_blocks`; parameters have the official names, and released weights load after one permutation
-(`backbones.ldm_unet_weights`). There are no exits: only the full depth can be read out.
+(`backbones.ldm_unet_weights`). By itself it can be read out at full depth only; heads of exits can be set behind every
+decoder level (`backbones.unet_exits`), whose last block doubles the side: there the state has that of the next level.
 
 With several decoders (Zhang et al., arXiv 2312.09181) time embedding, encoder and middle are shared, and stage k of
 the noise level has a decoder of its own width: `decoders.{k}.output_blocks` and `decoders.{k}.out`. One decoder, of
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gearshift.backbones.base import Backbone
 from gearshift.backbones.layers import sinusoid
 from gearshift.backbones.ldm_unet_blocks import (
     STEM,
@@ -34,6 +34,7 @@ from gearshift.backbones.ldm_unet_blocks import (
 )
 from gearshift.backbones.ldm_unet_weights import from_official, to_official
 from gearshift.backbones.staging import StageRouter
+from gearshift.backbones.unet_exits import DecoderLevels, Level
 from gearshift.execution.stream import Rows, Stream
 from gearshift.runtime.errors import UsageError
 
@@ -166,14 +167,19 @@ def _require(condition: bool, message: str) -> None:
 
 
 class Decoder(nn.Module):
-    """The way up of one stage: `output_blocks`, and `out`, which gives the image."""
+    """The way up of one stage: `output_blocks`, and `out`, which gives the image.
+
+    Attributes:
+        levels: where its levels end, counted from its own first block.
+    """
 
     def __init__(self, config: LdmUNetConfig, stage: int, channels: int, skips: list[int]) -> None:
         """channels: of the middle; skips: channels of the stem and of every encoder block."""
         super().__init__()
         skips = list(skips)
         width, groups = config.widths[stage], config.num_groups
-        blocks = []
+        blocks: list[Block] = []
+        self.levels: list[Level] = []
         for level in reversed(range(len(config.channel_mult))):
             for place in range(config.num_res_blocks + 1):
                 wide = width * config.channel_mult[level]
@@ -184,6 +190,8 @@ class Decoder(nn.Module):
                 if level and place == config.num_res_blocks:
                     layers.append(Upsample(channels))
                 blocks.append(Block(layers, takes_stem=not skips))
+            # Behind its last block the state has the side of the next level.
+            self.levels.append(Level(len(blocks), channels, 2 ** max(level - 1, 0)))
         self.output_blocks = nn.ModuleList(blocks)
         last = nn.Conv2d(channels, config.in_channels, 3, padding=1)
         self.out = nn.Sequential(GroupNorm(groups, channels), nn.SiLU(), zeroed(last))
@@ -193,10 +201,11 @@ def _res(config: LdmUNetConfig, channels: int, out_channels: int) -> ResBlock:
     return ResBlock(channels, out_channels, 4 * config.model_channels, config.num_groups, config.dropout)
 
 
-class LdmUNet(Backbone):
+class LdmUNet(DecoderLevels):
     """The network as a passive list of blocks; path k ends with the decoder of stage k."""
 
     Config = LdmUNetConfig
+    first_weights = 0.0
 
     def __init__(self, config: LdmUNetConfig) -> None:
         super().__init__()
@@ -222,6 +231,9 @@ class LdmUNet(Backbone):
         shared, own = len(skips), len(decoders[0].output_blocks)
         starts = [shared + stage * own for stage in range(len(decoders))]
         self.paths = tuple((*range(shared), *range(start, start + own)) for start in starts)
+        self.levels = tuple(
+            tuple(level._replace(depth=shared + level.depth) for level in decoder.levels) for decoder in decoders
+        )
         self.pushes = frozenset(range(shared - 1))
         self.pops = frozenset(block for start in starts for block in range(start, start + own - 1))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -257,6 +269,13 @@ class LdmUNet(Backbone):
 
     def _out(self, path: int) -> Any:
         return self.out if len(self.config.widths) == 1 else self.decoders[path].out
+
+    def own_head(self, path: int) -> tuple[nn.GroupNorm, nn.Conv2d]:
+        norm, _, convolution = self._out(path)
+        return norm, convolution
+
+    def level_norm(self, width: int) -> nn.GroupNorm:
+        return GroupNorm(self.config.num_groups, width)
 
     def route(self, log_snr: Tensor) -> Tensor:
         return self._router.route(log_snr)
@@ -307,15 +326,6 @@ class LdmUNet(Backbone):
         """Norm, SiLU and convolution of the path's decoder."""
         image: Tensor = self._out(path)(hidden)
         return image.contiguous()
-
-    def tokens(self, hidden: Tensor, depth: int, path: int = 0) -> Tensor:
-        return hidden.permute(0, 2, 3, 1).flatten(1, 2)
-
-    def width(self, depth: int, path: int = 0) -> int:
-        return self.config.widths[path] * self.config.channel_mult[0]
-
-    def patch(self, depth: int, path: int = 0) -> int:
-        return 1
 
     @property
     def time_width(self) -> int:

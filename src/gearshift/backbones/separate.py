@@ -1,8 +1,9 @@
 """Several whole networks as one backbone: a path for each, nothing shared (Table 3 of arXiv 2312.09181).
 
-Every row takes the network of its own noise level. A row is embedded by that network alone, when it enters its path; a
-batch of mixed levels is split before anything runs. With stages this is one network per stage; with two networks of
-different size it is a large and a small one by time.
+Every row takes the network of its own noise level or, where the networks have no levels, the one that the plan names.
+A row is embedded by that network alone, when it enters its path; a batch of mixed levels is split before anything runs.
+With stages this is one network per stage; with two networks of different size it is a large and a small one by time
+(DuoDiff, arXiv 2410.09633: by calls, `policies.NetworkSwitch`).
 """
 
 from __future__ import annotations
@@ -33,15 +34,18 @@ class SeparateConfig:
 
     Attributes:
         networks: a backbone node each (`_target_` and its fields), or a backbone; the one next to the data first.
-        boundaries: ratios sigma/alpha at which a network ends, inclusive, ascending; one fewer than networks.
+        boundaries: ratios sigma/alpha at which a network ends, inclusive, ascending; one fewer than networks. None: no
+            network has levels of its own; plans say which one runs (`StepPlan.expert`), and where none does the first.
     """
 
     networks: list[Any] = field(default_factory=list)
-    boundaries: tuple[float, ...] = ()
+    boundaries: tuple[float, ...] | None = ()
 
     def __post_init__(self) -> None:
         if not self.networks:
             raise UsageError("networks=[] names no network; give one backbone for each stage")
+        if self.boundaries is None:
+            return
         stages = StageRouter(self.boundaries).num_stages
         if stages != len(self.networks):
             raise UsageError(
@@ -57,7 +61,11 @@ class SeparateConfig:
 class SeparateNetworks(Backbone):
     """K networks of one image shape, conditioning and augmentation, each a path of its own.
 
-    Block i of network k is block (blocks of the networks before) + i. Weights are named `networks.K.<own name>`.
+    Block i of network k is block (blocks of the networks before) + i. Weights are named `networks.K.<own name>`. Exits
+    and heads are each network's own.
+
+    Attributes:
+        by_plan: plans say which network runs, not noise levels.
 
     Raises:
         UsageError: a node that makes no backbone of one path, or networks that do not take the same.
@@ -73,7 +81,8 @@ class SeparateNetworks(Backbone):
         first = self.network(0)
         for name in _COMMON:
             setattr(self, name, getattr(first, name))
-        self.router = StageRouter(config.boundaries)
+        self.by_plan = config.boundaries is None
+        self.router = StageRouter(config.boundaries or ())  # without boundaries everything is stage 0
         self.boundaries = self.router.boundaries
         self._place: list[tuple[int, int]] = []  # network and block there, by block
         paths, pops, pushes, carries = [], set[int](), set[int](), dict[int, str]()
@@ -86,6 +95,7 @@ class SeparateNetworks(Backbone):
             carries |= {offset + block: name for block, name in network.carries.items()}
         self.paths = tuple(paths)
         self.pops, self.pushes, self.carries = frozenset(pops), frozenset(pushes), carries
+        self.has_uncertainty = any(network.has_uncertainty for network in self._each)
 
     @property
     def name(self) -> str:
@@ -116,6 +126,9 @@ class SeparateNetworks(Backbone):
                 ours, theirs = getattr(self.network(0), name), getattr(network, name)
                 if ours != theirs:
                     raise UsageError(f"networks.0 has {name}={ours} and networks.{k} has {theirs}; make them equal")
+            texts = [_text_shape(other) for other in (self.network(0), network)]
+            if texts[0] != texts[1]:
+                raise UsageError(f"networks.0 takes text of {texts[0]} and networks.{k} of {texts[1]}; make them equal")
 
     # Into the networks -----------------------------------------------------------------------------------------------
 
@@ -137,6 +150,7 @@ class SeparateNetworks(Backbone):
             own = network.embed_augmented(stream.hidden, stream.time, cond, stream.cond[_AUGMENT])
         else:
             own = network.embed(stream.hidden, stream.time, cond)
+        own = network.enter(own, 0)
         # It counts its rows from zero; they keep the numbers they have in the run.
         skips = [Skip(skip.hidden, stream.rows) for skip in own.skips]
         return Stream(own.hidden, own.time, stream.rows, own.cond, skips)
@@ -152,6 +166,9 @@ class SeparateNetworks(Backbone):
 
     def exits(self, path: int = 0) -> tuple[int, ...]:
         return self.network(path).exits()
+
+    def readable(self, path: int = 0, *, own: bool = False) -> tuple[int, ...]:
+        return self.network(path).readable(own=own)
 
     def readout(self, hidden: Tensor, cond: dict[str, Tensor], depth: int, path: int = 0) -> Tensor:
         return self.network(path).readout(hidden, cond, depth)
@@ -181,7 +198,26 @@ class SeparateNetworks(Backbone):
     def patch(self, depth: int, path: int = 0) -> int:
         return self.network(path).patch(depth)
 
-    # Heads embed the time by the features of network 0, which all heads share.
+    def predicts_error(self, depth: int, path: int = 0) -> bool:
+        """Of a network without heads of its own at no depth, whatever the others have."""
+        return self.network(path).predicts_error(depth)
+
+    def uncertainty(self, hidden: Tensor, time: Tensor, depth: int, path: int = 0) -> Tensor:
+        return self.network(path).uncertainty(hidden, time, depth)
+
+    def mean_uncertainty(self, hidden: Tensor, time: Tensor, depth: int, path: int = 0) -> Tensor:
+        return self.network(path).mean_uncertainty(hidden, time, depth)
+
+    def uncertainties(
+        self, hiddens: Sequence[Tensor], time: Tensor, depths: Sequence[int], path: int = 0
+    ) -> list[Tensor]:
+        return self.network(path).uncertainties(hiddens, time, depths)
+
+    def check_timesteps(self, count: int | None, first: float, process: str) -> None:
+        for network in self._each:
+            network.check_timesteps(count, first, process)
+
+    # Heads around all networks embed the time by the features of network 0, which they share.
     @property
     def time_width(self) -> int:
         return self.network(0).time_width
@@ -210,6 +246,12 @@ def _built(node: Any, number: int) -> Backbone:
     if not isinstance(network, Backbone):
         raise UsageError(f"networks.{number} names {type(network).__name__}, which is no backbone")
     return network
+
+
+def _text_shape(network: Backbone) -> tuple[int, ...] | None:
+    """[L, D] of the text that a network takes; None where it takes none."""
+    example = network.example_cond(1) if network.cond_kind == "text" else None
+    return None if example is None else tuple(example.shape[1:])
 
 
 def _shrunk(node: Any, number: int) -> dict[str, Any]:

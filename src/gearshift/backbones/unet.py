@@ -4,7 +4,8 @@ Shapes and names are those of the official EDM networks (arXiv 2206.00364). With
 diffusion, arXiv 2312.09181) the encoder is shared, and a row takes the decoder of its own noise level: path k is the
 encoder and decoder k, stage 0 next to the data. The middle blocks stand in each decoder, at the encoder's width, as in
 the EDM variant of that paper, or belong to the shared half, as in its VP variant. One decoder of the encoder's width is
-the plain network, bit for bit.
+the plain network, bit for bit. By itself it can be read out at full depth only; heads of exits can be set behind
+every decoder level (`backbones.unet_exits`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gearshift.backbones.base import Backbone
 from gearshift.backbones.staging import StageRouter
 from gearshift.backbones.unet_blocks import SMALL, BlockStyle, PyramidBlock, UNetBlock, group_norm
 from gearshift.backbones.unet_config import UNetConfig, require
+from gearshift.backbones.unet_exits import DecoderLevels, Level
 from gearshift.backbones.unet_norm import normed
 from gearshift.execution.stream import Rows, Skip, Stream
 from gearshift.runtime.errors import UsageError
@@ -38,10 +39,11 @@ class Fourier(nn.Module):
         self.register_buffer("freqs", torch.randn(width // 2) * FOURIER_SCALE)
 
 
-class UNet(Backbone):
-    """The U-Net as a passive list of blocks: encoder, middle, decoder; readable at full depth."""
+class UNet(DecoderLevels):
+    """The U-Net as a passive list of blocks: encoder, middle, decoder."""
 
     Config = UNetConfig
+    first_weights = SMALL
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -75,12 +77,13 @@ class UNet(Backbone):
             self.decs = nn.ModuleList(nn.ModuleDict() for _ in config.decoders)
         else:
             self.dec = nn.ModuleDict()
-        paths = []
+        paths, levels = [], []
         self.pops: frozenset[int] = frozenset()
-        self._widths: list[int] = []
         for stage, base in enumerate(config.decoders or (config.model_channels,)):
-            paths.append((*shared, *self._build_decoder(self.decoder(stage), base, skips, width)))
-        self.paths = tuple(paths)
+            own, ends = self._build_decoder(self.decoder(stage), base, skips, width)
+            paths.append((*shared, *own))
+            levels.append(tuple(level._replace(depth=len(shared) + level.depth) for level in ends))
+        self.paths, self.levels = tuple(paths), tuple(levels)
         self._initialise()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -136,11 +139,16 @@ class UNet(Backbone):
             indices.append(self._add(modules, f"{side}x{side}_in{number}", block))
         return indices
 
-    def _build_decoder(self, modules: nn.ModuleDict, base: int, skips: list[int], width: int) -> list[int]:
-        """Registers one decoder of base width `base` behind an encoder that ends at `width`; its block indices."""
+    def _build_decoder(
+        self, modules: nn.ModuleDict, base: int, skips: list[int], width: int
+    ) -> tuple[list[int], list[Level]]:
+        """Registers one decoder of base width `base` behind an encoder that ends at `width`; its block
+        indices, and where its levels end, counted from its own first block."""
         config, style = self.config, self._style
         pending = list(skips)
-        indices, pops = [], set()
+        indices: list[int] = []
+        levels: list[Level] = []
+        pops = set()
         if config.middle == "decoder":
             indices += self._build_middle(modules, width)
         for level, mult in reversed(list(enumerate(config.channel_mult))):
@@ -154,12 +162,12 @@ class UNet(Backbone):
                 width = base * mult
                 indices.append(self._add(modules, f"{side}x{side}_block{number}", block))
                 pops.add(indices[-1])
+            levels.append(Level(len(indices), width, config.image_size // side))
         size = config.image_size
         modules[f"{size}x{size}_aux_norm"] = group_norm(width, config.max_groups)
         modules[f"{size}x{size}_aux_conv"] = nn.Conv2d(width, config.in_channels, 3, padding=1)
         self.pops = self.pops | pops
-        self._widths.append(width)
-        return indices
+        return indices, levels
 
     def _initialise(self) -> None:
         """Xavier uniform, biases zero; what ends a residual branch, and the prediction, nearly zero."""
@@ -172,7 +180,7 @@ class UNet(Backbone):
             block.initialise()
         with torch.no_grad():
             for stage in range(len(self.paths)):
-                self._head(stage)[1].weight.mul_(SMALL)
+                self.own_head(stage)[1].weight.mul_(SMALL)
 
     def decoder(self, stage: int) -> nn.ModuleDict:
         """The modules of one stage's decoder, by official name; its readout included."""
@@ -183,12 +191,15 @@ class UNet(Backbone):
         assert self.dec is not None
         return self.dec
 
-    def _head(self, stage: int) -> tuple[nn.GroupNorm, nn.Conv2d]:
+    def own_head(self, path: int) -> tuple[nn.GroupNorm, nn.Conv2d]:
         side = self.image_size
-        modules = self.decoder(stage)
+        modules = self.decoder(path)
         norm, convolution = modules[f"{side}x{side}_aux_norm"], modules[f"{side}x{side}_aux_conv"]
         assert isinstance(norm, nn.GroupNorm) and isinstance(convolution, nn.Conv2d)
         return norm, convolution
+
+    def level_norm(self, width: int) -> nn.GroupNorm:
+        return group_norm(width, self.config.max_groups)
 
     # The contract ----------------------------------------------------------------------------------------------------
 
@@ -267,22 +278,9 @@ class UNet(Backbone):
     def readout(self, hidden: Tensor, cond: dict[str, Tensor], depth: int, path: int = 0) -> Tensor:
         """Norm, SiLU and convolution of the path's decoder; at full depth only."""
         self.check_depth(depth, path)
-        norm, convolution = self._head(path)
+        norm, convolution = self.own_head(path)
         image: Tensor = convolution(normed(hidden, norm, active=True))
         return image.contiguous()
-
-    # What uncertainty heads ask for at full depth.
-
-    def tokens(self, hidden: Tensor, depth: int, path: int = 0) -> Tensor:
-        return hidden.permute(0, 2, 3, 1).flatten(1, 2)
-
-    def width(self, depth: int, path: int = 0) -> int:
-        self.check_depth(depth, path)
-        return self._widths[path]
-
-    def patch(self, depth: int, path: int = 0) -> int:
-        self.check_depth(depth, path)
-        return 1
 
     @property
     def time_width(self) -> int:

@@ -138,6 +138,11 @@ class MultiDecoderUViT(UViT):
         first = 1 if self.config.widths[path] == self.config.embed_dim else self.config.depth // 2 + 2
         return tuple(range(first, self.num_blocks(path) + 1))
 
+    def readable(self, path: int = 0, *, own: bool = False) -> tuple[int, ...]:
+        """Where the path's readout is as wide as the encoder, the embedded image too."""
+        exits = self.exits(path)
+        return (0, *exits) if exits[0] == 1 else exits
+
     def readout(self, hidden: Tensor, cond: dict[str, Tensor], depth: int, path: int = 0) -> Tensor:
         """Shared by all depths of the path, as in a plain U-ViT."""
         return self.readout_with(self.readout_modules(depth, path), hidden, cond, depth, path)

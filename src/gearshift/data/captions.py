@@ -12,7 +12,6 @@ captions goes by `gearshift encode`, which reads the captions with `captions`.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from abc import ABC, abstractmethod
@@ -29,6 +28,7 @@ from torch import Tensor
 from gearshift.data.cache import Encoded, decode_once
 from gearshift.data.crops import read_image
 from gearshift.data.dataset import ImageDataset, check_split
+from gearshift.data.tables import encoded, reaching_hub
 from gearshift.runtime.errors import RunError, UsageError
 
 _FILES = ("captions.jsonl", "metadata.jsonl")
@@ -237,17 +237,10 @@ class Captions(CaptionSet):
     def _of_hub(self, split: str) -> CaptionStream:
         config = self.config
         hub, part = str(config.hub), {"train": config.train, "test": config.test}[split]
-        try:
+        with reaching_hub(hub, "data.path=FOLDER data.hub=null", split=part):
             import datasets
 
             table = datasets.load_dataset(hub, config.subset, split=part)
-        except Exception as error:  # the hub client has no common base for "cannot be reached"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(
-                f"cannot load split {part} of {hub} from the hub ({reason}); if it is gated, ask for access on "
-                f"https://huggingface.co/datasets/{hub} and log in with `hf auth login`; or use a local copy "
-                "(data.path=FOLDER data.hub=null)"
-            ) from error
         absent = [name for name in (config.image, config.caption) if name not in table.column_names]
         if absent:
             raise UsageError(
@@ -260,7 +253,7 @@ class Captions(CaptionSet):
 
         def cells(start: int, stop: int) -> Sequence[Cell]:
             values = table[start:stop][config.image]
-            return [_cell(value, f"image {i} of {hub} {part}") for i, value in enumerate(values, start)]
+            return [(encoded(value)[0], f"image {i} of {hub} {part}") for i, value in enumerate(values, start)]
 
         identity = [(str(table._fingerprint), len(table))]
         return self.streamed(cells, texts, split, identity, hub.rpartition("/")[2], f"hub {hub}")
@@ -298,15 +291,6 @@ def texts_of(value: Any, what: str, most: int | None) -> Texts:
         shown = str(value)[:60]
         raise RunError(f"{what} has the caption {shown!r}; needed is a text, or a list of texts, none of them empty")
     return tuple(text.strip() for text in texts[:most])
-
-
-def _cell(value: Any, what: str) -> Cell:
-    """A cell of an image column: encoded bytes, alone or in the hub's struct of bytes and path."""
-    if isinstance(value, dict):
-        if value.get("bytes") is None:
-            return value.get("path") or "", what
-        value = value["bytes"]
-    return io.BytesIO(value), what
 
 
 def _share(name: str) -> float:

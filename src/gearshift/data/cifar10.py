@@ -7,7 +7,6 @@ compare runs with each other; Fréchet distances measured on them are not compar
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from gearshift.data.cache import Decoded, Encoded, decode_once, fingerprint
 from gearshift.data.crops import read_image
 from gearshift.data.dataset import ImageDataset, check_split
 from gearshift.data.imagefolder import ImageFolder, ImageFolderConfig
+from gearshift.data.tables import count_rows, encoded, reaching_hub, read_rows
 from gearshift.runtime.errors import RunError, UsageError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -102,17 +102,11 @@ class Cifar10:
         )
 
     def _from_hub(self, split: str) -> Encoded:
-        try:
+        with reaching_hub(self.config.hub, f"data.path=FOLDER: {_EXPECTED}"):
             import datasets
 
             table = datasets.load_dataset(self.config.hub, split=split)
             table = table.cast_column("img", datasets.Image(decode=False))
-        except Exception as error:  # The hub client has no common base for "cannot be reached".
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(
-                f"cannot load {self.config.hub} from the hub ({reason}); with a local copy use data.path=FOLDER "
-                f"({_EXPECTED})"
-            ) from error
 
         def items() -> Iterator[tuple[np.ndarray, int]]:
             for row in table:
@@ -126,36 +120,19 @@ def _shards(folder: Path, split: str) -> list[Path]:
 
 
 def _from_parquet(files: list[Path]) -> Encoded:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    count = 0
-    for path in files:
-        try:
-            opened = ParquetFile(path)
-        except (ArrowException, OSError) as error:
-            raise RunError(f"{path} is not a parquet file that can be read ({error}); fetch it again") from error
-        missing = {"img", "label"} - set(opened.schema_arrow.names)
-        if missing:
-            raise UsageError(f"{path} has the columns {', '.join(opened.schema_arrow.names)}; {_EXPECTED}")
-        count += opened.metadata.num_rows
+    columns = ("img", "label")
+    count = count_rows(files, columns, _EXPECTED)
 
     def items() -> Iterator[tuple[np.ndarray, int]]:
-        for path in files:
-            try:
-                for batch in ParquetFile(path).iter_batches(1024, columns=["img", "label"]):
-                    for row in batch.to_pylist():
-                        yield _decode(row["img"], str(path)), int(row["label"])
-            except (ArrowException, OSError) as error:
-                raise RunError(f"{path} ends in the middle ({error}); fetch it again") from error
+        for path, row in read_rows(files, columns):
+            yield _decode(row["img"], str(path)), int(row["label"])
 
     return Encoded(count, (3, 32, 32), True, items)
 
 
 def _decode(cell: dict[str, Any] | bytes, where: str) -> np.ndarray:
-    """A cell of column `img`: encoded bytes, alone or in the hub's struct of bytes and path."""
-    data = cell if isinstance(cell, bytes) else cell["bytes"]
-    return read_image(io.BytesIO(data), 32, 3, what=f"an image in {where}")
+    """A cell of column `img`."""
+    return read_image(encoded(cell)[0], 32, 3, what=f"an image in {where}")
 
 
 def _names(path: Path) -> tuple[str, ...]:

@@ -27,23 +27,33 @@ def read_image(source: Path | Any, size: int, channels: int, what: str = "", box
     `box` (left, top, right, bottom in pixels) is cut out first. Raises RunError naming the file (or `what`) when it is
     not an image that can be read to its end, or is smaller than `box`.
     """
+    what = what or str(source)
+    return square(open_image(source, channels, what), size, what, box)
+
+
+def open_image(source: Path | Any, channels: int, what: str) -> Image:
+    """The whole image, grey or RGB. Raises RunError naming it as `what` when it cannot be read to its end."""
     from PIL import Image
 
     try:
         with Image.open(source) as opened:
             # Through RGBA, because a palette with transparency loses it with a warning otherwise.
             image: Image.Image = opened.convert("RGBA") if opened.mode == "P" else opened
-            image = image.convert("L" if channels == 1 else "RGB")
+            return image.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise RunError(f"{what or source} is not an image that can be read ({error}); replace or remove it") from error
+        raise RunError(f"{what} is not an image that can be read ({error}); replace or remove it") from error
+
+
+def square(image: Image, size: int, what: str, box: Box | None = None) -> np.ndarray:
+    """A grey or RGB image as uint8 [1 or 3, size, size]; `box` and errors as for `read_image`."""
     if box is not None:
         if box[2] > image.width or box[3] > image.height:
             raise RunError(
-                f"{what or source} is {image.width} x {image.height}, too small to cut out {box}; replace or remove it"
+                f"{what} is {image.width} x {image.height}, too small to cut out {box}; replace or remove it"
             )
         image = image.crop(box)
     pixels = np.asarray(centre_crop(image, size), dtype=np.uint8)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def centre_crop(image: Image, size: int) -> Image:

@@ -5,6 +5,8 @@ Preprocessing: see `crops`; `crop` cuts a box out of every image before it.
 Splits: folders `train` and `test` (or `val`, `valid`, `validation`) where present; otherwise an image is a test image
 when the hash of its path falls below `test_fraction`, so that adding images never moves one from one split to the
 other.
+
+A data set with rules of its own (`celeba`) overrides `listed`, `rule`, `read` and `options`.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class ImageFolder:
     Config: ClassVar[type[ImageFolderConfig]] = ImageFolderConfig
     # Another folder is another data set.
     path_is_identity: ClassVar[bool] = True
+    expected: ClassVar[str] = _EXPECTED
 
     def __init__(self, config: ImageFolderConfig) -> None:
         """Lists the folder; no image is opened. Raises UsageError when there is nothing to read or an option is out
@@ -65,46 +68,43 @@ class ImageFolder:
         self.config = config
         self.root = Path(config.path).expanduser()
         if not self.root.is_dir():
-            raise UsageError(f"data.path={config.path} is not a folder; {_EXPECTED}")
+            raise UsageError(f"data.path={config.path} is not a folder; {self.expected}")
         self.image_size = config.size
         self.channels = config.channels
         self.flip = config.flip
-        folders = _subfolders(self.root)
+        folders = subfolders(self.root)
         self._parts: dict[str, Path] = {}
         if "train" in folders and set(folders) <= {"train", *_TEST_NAMES}:
             self._parts["train"] = self.root / "train"
             for name in _TEST_NAMES:
                 if name in folders:
                     self._parts.setdefault("test", self.root / name)
-        self.class_names = tuple(_subfolders(self._parts.get("train", self.root)))
+        self.class_names = tuple(subfolders(self._parts.get("train", self.root)))
         self.num_classes: int | None = len(self.class_names) or None
 
     def load(self, split: str) -> ImageDataset:
         """The split "train" or "test". Raises UsageError for another name or an empty split, RunError for a broken
         image."""
         check_split(split, str(self.root))
-        pairs = self._list(split)
+        pairs = self.listed(split)
         config = self.config
         if not pairs:
-            raise UsageError(f"data.path={config.path} has no images in its {split} split; {_EXPECTED}")
-        files = [path for path, _ in pairs]
+            raise UsageError(f"data.path={config.path} has no images in its {split} split; {self.expected}")
         key: dict[str, Any] = {
             "source": str(self.root.resolve()),
             "size": config.size,
             "channels": config.channels,
-            "files": fingerprint(files, self.root),
+            "files": fingerprint([path for path, _ in pairs], self.root),
             "classes": self.class_names,
+            **self.options(),
         }
-        if config.crop is not None:
-            key["crop"] = config.crop
 
         def items() -> Iterator[tuple[np.ndarray, int]]:
             for path, label in pairs:
-                yield read_image(path, config.size, config.channels, box=config.crop), label
+                yield self.read(path), label
 
         shape = (config.channels, config.size, config.size)
         decoded = decode_once(key, lambda: Encoded(len(pairs), shape, self.num_classes is not None, items))
-        rule = f"{split}/" if self._parts.get("test") else f"{config.test_fraction:g} of the paths' hashes is test"
         size = f"{config.size}px by box and bicubic"
         size = size if config.crop is None else f"box {list(config.crop)}, {size}"
         return ImageDataset(
@@ -115,10 +115,10 @@ class ImageFolder:
             name=self.root.resolve().name,
             split=split,
             digest=decoded.digest,
-            provenance=f"image folder {config.path}, {split} {len(pairs)} ({rule}), {size}",
+            provenance=f"image folder {config.path}, {split} {len(pairs)} ({self.rule(split)}), {size}",
         )
 
-    def _list(self, split: str) -> list[tuple[Path, int]]:
+    def listed(self, split: str) -> list[tuple[Path, int]]:
         """(file, class) of the split in the order of paths; class 0 throughout where there are no classes."""
         if "test" in self._parts:
             return self._pairs(self._parts[split])
@@ -126,16 +126,28 @@ class ImageFolder:
         bound = self.config.test_fraction
         return [pair for pair in pairs if (_share(pair[0].relative_to(self.root)) < bound) == (split == "test")]
 
+    def rule(self, split: str) -> str:
+        """How the images of the split were told from the others."""
+        return f"{split}/" if self._parts.get("test") else f"{self.config.test_fraction:g} of the paths' hashes is test"
+
+    def read(self, path: Path) -> np.ndarray:
+        """One file as uint8 [channels, size, size]. Raises RunError where it cannot be."""
+        return read_image(path, self.config.size, self.config.channels, box=self.config.crop)
+
+    def options(self) -> dict[str, Any]:
+        """What `read` depends on besides size and channels, for the cache."""
+        return {} if self.config.crop is None else {"crop": self.config.crop}
+
     def _pairs(self, root: Path) -> list[tuple[Path, int]]:
-        names = _subfolders(root)
+        names = subfolders(root)
         foreign = sorted(set(names) - set(self.class_names))
         if foreign:
             raise UsageError(
                 f"{root} has the class folder '{foreign[0]}', which the train split {self.class_names} has not"
             )
         if not self.class_names:
-            return [(path, 0) for path in _images(root)]
-        return [(path, self.class_names.index(name)) for name in names for path in _images(root / name)]
+            return [(path, 0) for path in images_below(root)]
+        return [(path, self.class_names.index(name)) for name in names for path in images_below(root / name)]
 
 
 def _is_box(box: Box) -> bool:
@@ -143,11 +155,11 @@ def _is_box(box: Box) -> bool:
     return 0 <= left < right and 0 <= top < bottom
 
 
-def _subfolders(root: Path) -> list[str]:
+def subfolders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _images(root: Path) -> list[Path]:
+def images_below(root: Path) -> list[Path]:
     """Image files below `root`, at any depth, in the order of their paths."""
     return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from torch import Tensor
 from gearshift.data.cache import Encoded, decode_once
 from gearshift.data.crops import read_image
 from gearshift.data.dataset import ImageDataset, check_split
+from gearshift.data.tables import encoded, reaching_hub
 from gearshift.runtime.errors import RunError, UsageError
 
 _HOMES = (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "data")
@@ -220,17 +220,12 @@ class ImageNet:
 
     def _of_hub(self, split: str) -> ImageStream:
         hub, part = self.config.hub, {"train": "train", "test": "validation"}[split]
-        try:
+        with reaching_hub(hub, f"data.path=FOLDER: {_EXPECTED}"):
             import datasets
 
             table = datasets.load_dataset(hub, split=part).cast_column("image", datasets.Image(decode=False))
             labels = table.select_columns("label").with_format("numpy")[:]["label"].tolist()
             names = tuple(getattr(table.features["label"], "names", None) or ())
-        except Exception as error:  # the hub client has no common base for "cannot be reached"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(
-                f"cannot load {hub} from the hub ({reason}); with a local copy use data.path=FOLDER ({_EXPECTED})"
-            ) from error
 
         def cells(start: int, stop: int) -> Sequence[Cell]:
             values = table[start:stop]["image"]
@@ -272,14 +267,9 @@ def _parquet(home: Path, split: str) -> list[Path]:
 
 
 def _cell(value: Any, what: str) -> Cell:
-    """A cell of column `image`: encoded bytes, alone or in the hub's struct of bytes and path."""
-    if isinstance(value, dict):
-        if value.get("path"):
-            what = f"{what} ({value['path']})"
-        if value.get("bytes") is None:
-            return value.get("path") or "", what
-        value = value["bytes"]
-    return io.BytesIO(value), what
+    """A cell of column `image`, called by its path where it has one."""
+    opened, path = encoded(value)
+    return opened, f"{what} ({path})" if path else what
 
 
 def _names(path: Path) -> tuple[str, ...]:

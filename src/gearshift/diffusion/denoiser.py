@@ -61,10 +61,14 @@ class Denoiser(nn.Module):
     Args:
         network: a backbone, usually with exits; its output has C channels, or 2C where it predicts a variance.
         process: gives alpha, sigma and the time value the network is fed.
+
+    Raises:
+        UsageError: heads of the network follow timesteps that the process does not have.
     """
 
     def __init__(self, network: Backbone, process: Process) -> None:
         super().__init__()
+        network.check_timesteps(None if process.continuous else process.num_steps, process.t_min, process.name)
         self.network = network
         self.process = process
 

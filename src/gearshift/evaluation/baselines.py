@@ -8,10 +8,14 @@ price, and neither can hide behind the other's. For each of the two there are
 - full compute with fewer steps, on the solver's own grid and on another: with eps-prediction, skipping calls of DDIM or
   Euler *is* fewer steps on a thinned grid, so these are what skipping has to beat;
 - attention taken from memory at the last calls (HURRY, arXiv 2401.01008);
-- deep features every N-th call (DeepCache, arXiv 2312.00858).
+- deep features every N-th call (DeepCache, arXiv 2312.00858);
+- one exit at every call, where the network has any: nothing is asked, so no uncertainty head runs;
+- a smaller network, trained from scratch, at the first calls (DuoDiff, arXiv 2410.09633), where one is named.
 
-They cost what the matched row costs or less (steps are whole), never more; where a schedule cannot save as much, its
-cheapest form is taken and its row says so. Costs are those of the plans, counted before anything is sampled.
+That smaller network at every call is no schedule and is matched to nothing: it stands there at its own price.
+
+The others cost what the matched row costs or less (steps are whole), never more; where a schedule cannot save as much,
+its cheapest form is taken and its row says so. Costs are those of the plans, counted before anything is sampled.
 """
 
 from __future__ import annotations
@@ -19,13 +23,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from gearshift.evaluation.rows import Row, sampler_of, suffix_of
 from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.execution.cost import CostTable
 from gearshift.execution.parts import attention_of
-from gearshift.policies import AttentionReuse, DeepFeatureReuse, Full, Policy
+from gearshift.policies import AttentionReuse, DeepFeatureReuse, FixedDepth, Full, NetworkSwitch, Policy
+from gearshift.policies.network_switch import OTHER, OWN
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import slug
 from gearshift.sampling.costs import macs_of
@@ -69,9 +76,14 @@ def baselines_of(
     full: Row,
     targets: Sequence[Target],
     taken: Sequence[Row],
+    table_of: Callable[[Sampler], CostTable] = Sampler.cost_table,
 ) -> list[Row]:
-    """The rows to add under the solver of `full`; none that saves nothing or computes what one of `taken` computes."""
-    maker = _Maker(settings, make_sampler, table, full)
+    """The rows to add under the solver of `full`; none that saves nothing or computes what one of `taken` computes.
+
+    Args:
+        table: costs of the network of `full`; `table_of` gives those of a sampler that runs another one beside it.
+    """
+    maker = _Maker(settings, make_sampler, table, full, table_of)
     known = {_signature(row.sampler): row for row in taken if row.full == full.name}
     names = {slug(row.name) for row in taken}
     made: dict[Any, Row] = {}
@@ -82,7 +94,11 @@ def baselines_of(
                 continue
             if key in made:
                 if made[key].equal_macs_to != row.equal_macs_to:
-                    made[key] = replace(made[key], note=_joined(made[key].note, f"also against {target.name}"))
+                    again = f"also against {target.name}"
+                    # What is matched to nothing may cost less than one target and more than another.
+                    own = row.note if row.baseline == "small_network" else None
+                    also = (*(made[key].also_against or ()), target.name)
+                    made[key] = replace(made[key], note=_joined(made[key].note, again, own), also_against=also)
                 continue
             if slug(row.name) in names:
                 row = replace(row, name=f"{row.name}, baseline")
@@ -95,9 +111,15 @@ class _Maker:
     """Makes the baselines of one solver."""
 
     def __init__(
-        self, settings: EvaluationConfig, make_sampler: Callable[..., Sampler], table: CostTable, full: Row
+        self,
+        settings: EvaluationConfig,
+        make_sampler: Callable[..., Sampler],
+        table: CostTable,
+        full: Row,
+        table_of: Callable[[Sampler], CostTable],
     ) -> None:
         self.settings, self.make_sampler, self.table, self.full = settings, make_sampler, table, full
+        self.table_of = table_of
         self.sampler = full.sampler
         self.info = self.sampler.info(self.sampler.calls())
         self.suffix = suffix_of(settings, full.solver)
@@ -110,6 +132,9 @@ class _Maker:
             "other_grid": self._other_grid,
             "hurry": self._hurry,
             "deep_features": self._deep_features,
+            "fixed_depth": self._fixed_depth,
+            "duodiff": self._duodiff,
+            "small_network": self._small_network,
         }
         for kind, make in makers.items():
             row = make(target) if kind in self.settings.baselines else None
@@ -172,6 +197,58 @@ class _Maker:
                     break
                 yield policy
 
+    def _fixed_depth(self, target: Target) -> Row | None:
+        depths = self._exits()
+        if not depths:
+            return None
+        fitting = [depth for depth in depths if self._macs(FixedDepth(depth)) <= target.macs]
+        policy = FixedDepth(fitting[-1] if fitting else depths[0])
+        note = None if fitting else "saves less, though it is the first exit"
+        return self._by_hand(policy.name, policy, target, note)
+
+    def _exits(self) -> list[int]:
+        """Depths short of the full one at which every path can be read out; a shorter path runs to its end."""
+        network = self.info.network
+        paths = range(len(network.paths))
+        deepest = max(network.num_blocks(path) for path in paths)
+        found = sorted({depth for path in paths for depth in network.exits(path) if depth < deepest})
+        return [d for d in found if all(d in network.exits(path) or d > network.num_blocks(path) for path in paths)]
+
+    # Another network -------------------------------------------------------------------------------------------------
+
+    def _duodiff(self, target: Target) -> Row | None:
+        shallow, costs = self.settings.shallow, self._switched
+        if shallow is None:
+            return None
+        total = len(costs) - 1
+        calls = next((calls for calls, macs in enumerate(costs) if macs <= target.macs), None)
+        if calls in (None, total) and "small_network" in self.settings.baselines:
+            return None  # which is that
+        note = None if calls is not None else f"saves less, though {total} of {total} calls are the smaller network's"
+        policy = NetworkSwitch(shallow, total if calls is None else calls)
+        return self._by_hand(policy.name, policy, target, note)
+
+    def _small_network(self, target: Target) -> Row | None:
+        if self.settings.shallow is None:
+            return None
+        note = f"costs more than {target.name}" if self._switched[-1] > target.macs else None
+        return self._by_hand("small network", NetworkSwitch(self.settings.shallow), target, note)
+
+    @cached_property
+    def _switched(self) -> list[int]:
+        """MACs per image where the smaller network makes the first 0, 1, ... calls; none without one."""
+        if self.settings.shallow is None:
+            return []
+        policy = NetworkSwitch(self.settings.shallow)
+        sampler = sampler_of(self.settings, self.make_sampler, policy, self.sampler.solver)
+        network, table = sampler.denoiser.network, self.table_of(sampler)
+        less = table.full(network, OTHER).macs - table.full(network, OWN).macs
+        low, high = self.sampler.guidance_interval or (float("-inf"), float("inf"))
+        rows = [self.info.branches if low <= call.log_snr <= high else 1 for call in self.info.calls]
+        return list(accumulate((less * count for count in rows), initial=self.full_macs))
+
+    # What they have in common ----------------------------------------------------------------------------------------
+
     def _by_hand(self, name: str, policy: Policy, target: Target, note: str | None) -> Row | None:
         try:
             sampler = sampler_of(self.settings, self.make_sampler, policy, self.sampler.solver)
@@ -183,6 +260,8 @@ class _Maker:
         return self._cost(self.sampler, policy)
 
     def _cost(self, sampler: Sampler, policy: Policy) -> int:
+        if isinstance(policy, NetworkSwitch):
+            return self._switched[policy.calls_of(len(self.info.calls))]
         macs = macs_of(sampler, policy, self.table)
         assert macs is not None, "every baseline is static"
         return macs
@@ -210,4 +289,4 @@ def _signature(sampler: Sampler) -> Any:
     plans = tuple(policy.plan(state, call).key() for call in calls) if policy.static else ()
     if not plans or None in plans:
         return id(sampler)
-    return type(sampler.solver), levels, plans
+    return id(sampler.denoiser), type(sampler.solver), levels, plans

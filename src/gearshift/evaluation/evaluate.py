@@ -25,6 +25,15 @@ from gearshift.data.decoding import ToPixels
 from gearshift.evaluation import baselines, reduce
 from gearshift.evaluation.baselines import Target, baselines_of
 from gearshift.evaluation.batches import all_cores
+from gearshift.evaluation.calibration import (
+    BATCH,
+    Split,
+    calibrate,
+    measure,
+    obstacle,
+    thresholds_of,
+    training_times,
+)
 from gearshift.evaluation.instruments import Instruments
 from gearshift.evaluation.keep import keep_samples
 from gearshift.evaluation.reference import Statistics
@@ -32,7 +41,8 @@ from gearshift.evaluation.rows import Row, fingerprint, plan_rows
 from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.evaluation.shards import Shards
 from gearshift.evaluation.speed import SpeedSettings, measure_scaling, measure_speed, saving_realised
-from gearshift.evaluation.weights import weights_digest
+from gearshift.evaluation.weights import Unavailable, weights_digest
+from gearshift.execution.cost import CostTable
 from gearshift.runtime import peers
 from gearshift.runtime.launch import is_main, rank, world_size
 from gearshift.runtime.progress import Progress, note
@@ -64,6 +74,8 @@ class Evaluator:
         instruments: metrics, extractors and their references.
         reference: the split whose statistics samples are held against.
         to_pixels: how samples become images.
+        held_out: what the network sees of images that its uncertainty heads are held against (`calibration.held_out`);
+            None takes those of `reference`.
         folder: of the evaluation; shards and kept samples go below it. Every process must see it.
 
     Raises UsageError where settings, network and metrics do not go together, before anything is sampled.
@@ -78,6 +90,7 @@ class Evaluator:
         device: torch.device,
         folder: str | Path,
         to_pixels: ToPixels = ToPixels(),  # noqa: B008  # frozen and without a decoder
+        held_out: Split | None = None,
     ) -> None:
         self.settings, self.instruments, self.reference, self.device = settings, instruments, reference, device
         self.folder, self.to_pixels = Path(folder), to_pixels
@@ -86,11 +99,22 @@ class Evaluator:
         network = self.planned[0].sampler.denoiser.network
         self.table = self.planned[0].sampler.cost_table()
         self.weights = weights_digest(network)
+        own = self.planned[0].sampler.denoiser
+        # By identity, which holds as long as what it is the identity of is kept beside.
+        self._known: dict[int, tuple[Any, CostTable, str]] = {id(own): (own, self.table, self.weights)}
         self._fulls = {row.name: row for row in self.planned if row.is_full}
         self._distances: list[tuple[Any, Sequence[Statistics]]] = []
         self.rows: dict[str, Done] = {}
         self.others: float | None = None
         self.scaling: dict[str, Any] | None = None
+        self.held_out: Split = reference if held_out is None else held_out
+        self.calibration: dict[str, Any] | None = None
+        reason = obstacle(network, self.held_out) if settings.calibration_images else None
+        self.unavailable = [
+            *instruments.unavailable,
+            *([] if reason is None else [Unavailable("calibration", reason, "")]),
+        ]
+        self._calibrates = settings.calibration_images > 0 and reason is None
 
     def run(self) -> None:
         """Sample what is not there yet, compare, add the baselines at equal MACs, and take the times. Collective."""
@@ -101,6 +125,8 @@ class Evaluator:
         self._evaluate(self.planned)
         if self.settings.equal_macs:
             self._evaluate(self._baselines())
+        if self._calibrates and is_main():
+            self._calibrate()
         if self.settings.timing_images:
             self._time()
         if is_main():
@@ -120,10 +146,20 @@ class Evaluator:
     def shards(self, row: Row) -> Shards:
         """The files of a row."""
         full = self._fulls[row.full]
-        key = fingerprint(
-            row, full, self.weights, f"{self.instruments.observer.fingerprint} {self.to_pixels.describe()}"
-        )
+        _, weights = self._network_of(row.sampler)
+        key = fingerprint(row, full, weights, f"{self.instruments.observer.fingerprint} {self.to_pixels.describe()}")
         return Shards(self.folder / "shards", key)
+
+    def _network_of(self, sampler: Sampler) -> tuple[CostTable, str]:
+        """Of all that a row runs, most rows the run's network alone: what it costs, and the digest of the weights."""
+        denoiser = sampler.denoiser
+        if id(denoiser) not in self._known:
+            self._known[id(denoiser)] = denoiser, sampler.cost_table(), weights_digest(denoiser.network)
+        _, table, weights = self._known[id(denoiser)]
+        return table, weights
+
+    def _table_of(self, sampler: Sampler) -> CostTable:
+        return self._network_of(sampler)[0]
 
     def _sample(self, row: Row) -> None:
         """This process's share of the chunks of a row, except those that are there already."""
@@ -142,9 +178,10 @@ class Evaluator:
         if not todo:
             return
         calls = len(row.sampler.calls())
+        table = self._table_of(row.sampler)
         with Progress(len(todo) * calls, row.name, unit="calls") as progress:
             for number, index in todo:
-                chunk = row.sampler.generate(index, self.table, on_call=lambda _: progress.update(1))
+                chunk = row.sampler.generate(index, table, on_call=lambda _: progress.update(1))
                 images = self.to_pixels(chunk.images)
                 if row.is_full:
                     reference = images
@@ -190,7 +227,7 @@ class Evaluator:
             "repeats": s.repeats,
             "distribution": reduce.distribution(images),
         }
-        told = {name: getattr(row, name) for name in ("equal_macs_to", "baseline", "note", "grid")}
+        told = {name: getattr(row, name) for name in ("equal_macs_to", "also_against", "baseline", "note", "grid")}
         numbers |= {name: value for name, value in told.items() if value is not None}
         if s.keep_samples != "none":
             keep_samples(self.folder / "samples", row.name, arrays.column(), s.keep_samples)
@@ -209,13 +246,15 @@ class Evaluator:
             row
             for full, targets in chosen.items()
             for row in baselines_of(
-                self.settings, self._make_sampler, self.table, self._fulls[full], targets, self.planned
+                self.settings, self._make_sampler, self.table, self._fulls[full], targets, self.planned, self._table_of
             )
         ]
 
     def _targets(self, full: str) -> list[Target]:
-        """The best exit row under a solver, and the best row that skips or reuses, where there are such."""
-        names = [row.name for row in self.planned if row.full == full and not row.is_full]
+        """The best exit row under a solver, and the best row that skips or reuses, where there are such. Rows of
+        further networks are rivals of both."""
+        mine = [row for row in self.planned if row.full == full and not row.sampler.policy.others()]
+        names = [row.name for row in mine if not row.is_full]
         exits = [name for name in names if self._leaves_early(name)]
         others = [name for name in names if name not in exits]
         found = [self.best(exits, full), self._best(others, full)]
@@ -230,9 +269,32 @@ class Evaluator:
         return baselines.best(numbers, names, full, self.settings.tolerance)
 
     def _leaves_early(self, name: str) -> bool:
-        """Whether a row saves by depth alone: it makes the calls of full compute, and takes nothing from memory."""
+        """Whether a row saves by depth alone: it makes the calls of full compute, by the run's own network, and takes
+        nothing from memory."""
+        if self.rows[name].row.sampler.policy.others():
+            return False
         own, full = self.rows[name].ledger, self.rows[self.rows[name].row.full].ledger
         return bool((own.called == full.called).all()) and not own.reused.any()
+
+    # Uncertainty heads -----------------------------------------------------------------------------------------------
+
+    def _calibrate(self) -> None:
+        s, sampler = self.settings, self.planned[0].sampler
+        count = min(s.calibration_images, len(self.held_out))
+        rows = count * len(training_times(sampler.denoiser.process, s.calibration_times))
+        with Progress(rows, "uncertainty heads", unit="rows") as progress:
+            records = measure(
+                sampler.denoiser,
+                self.held_out,
+                s.calibration_images,
+                s.calibration_times,
+                seed=s.seed,
+                batch=min(s.chunk, BATCH),
+                dtype=sampler.dtype,
+                on_rows=progress.update,
+            )
+        thresholds = thresholds_of(done.row.sampler.policy for done in self.rows.values())
+        self.calibration = calibrate(records, self.held_out, thresholds)
 
     # Time ------------------------------------------------------------------------------------------------------------
 
@@ -251,7 +313,7 @@ class Evaluator:
                 measured = measure_speed(
                     samplers,
                     reference_of,
-                    self.table,
+                    {name: self._table_of(sampler) for name, sampler in samplers.items()},
                     speed,
                     start=s.start,
                     on_pass=lambda name: progress.update(1, row=name),

@@ -17,13 +17,18 @@ if TYPE_CHECKING:
 _MEAN, _SKIPPED, _REUSED = COLOURS[1], MUTED, COLOURS[4]
 
 
-def exits_over_time(depths: Mapping[str, np.ndarray], reused: Mapping[str, np.ndarray] | None = None) -> bytes:
+def exits_over_time(
+    depths: Mapping[str, np.ndarray],
+    reused: Mapping[str, np.ndarray] | None = None,
+    called: Mapping[str, np.ndarray] | None = None,
+) -> bytes:
     """One panel per run: the share of samples that left at each depth (shade) at each call, the mean depth of the
     samples for which the network ran, their 10th and 90th percentiles, the calls that were skipped, and how many blocks
     took something from memory (hatched).
 
-    `depths[name]` holds integers [calls, samples]: blocks run, 0 where the network was not called; `reused[name]` how
-    many of these reused.
+    `depths[name]` holds integers [calls, samples]: blocks run, of which 0 is one (the embedding, read out);
+    `reused[name]` how many of these reused; `called[name]` bools, where the network ran (runs that are left out were
+    called every time).
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -31,32 +36,35 @@ def exits_over_time(depths: Mapping[str, np.ndarray], reused: Mapping[str, np.nd
     lines = math.ceil(len(depths) / columns)
     wide, tall = max(5.2, 3.4 * columns + 0.8), 2.35 * lines + 0.95
     figure = new_figure(wide, tall)
+    ran = {name: (called or {}).get(name, np.ones(depth.shape, dtype=bool)) for name, depth in depths.items()}
     deepest = max(1, *(int(depth.max()) for depth in depths.values()))
-    skips = any((depth == 0).any() for depth in depths.values())
+    least = 0 if any((depth[ran[name]] == 0).any() for name, depth in depths.items()) else 1
+    skips = any(not one.all() for one in ran.values())
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     shade = None
     for axes, (name, depth) in zip(grid.flat, depths.items(), strict=False):
         tidy(axes)
         axes.grid(False)
         edges = np.arange(len(depth) + 1) + 0.5
-        share = np.stack([(depth == d).mean(axis=1) for d in range(deepest + 1)])
+        own = ran[name]
+        share = np.stack([((depth == d) & own).mean(axis=1) for d in range(least, deepest + 1)])
         shade = axes.pcolormesh(
-            edges, np.arange(1, deepest + 2) - 0.5, share[1:], cmap="Blues", vmin=0, vmax=1, rasterized=True
+            edges, np.arange(least, deepest + 2) - 0.5, share, cmap="Blues", vmin=0, vmax=1, rasterized=True
         )
         if skips:
-            axes.axhline(0.5, color=MUTED, linewidth=0.6)
-            _draw_skips(axes, share[0])
+            axes.axhline(least - 0.5, color=MUTED, linewidth=0.6)
+            _draw_skips(axes, (~own).mean(axis=1), least - 1)
         taken = (reused or {}).get(name)
         if taken is not None:
-            _draw_reuse(axes, depth, taken)
-        _draw_depths(axes, depth)
+            _draw_reuse(axes, own, taken)
+        _draw_depths(axes, depth, own)
         axes.set_title(fit(name, 3.0, 9.5), fontsize=9.5, loc="left", color=INK, pad=16)
-        axes.text(0, 1.03, _summary(depth, taken), transform=axes.transAxes, fontsize=8, color=MUTED, va="bottom")
-        axes.set_ylim(-0.5 if skips else 0.5, deepest + 0.5)
+        axes.text(0, 1.03, _summary(depth, own, taken), transform=axes.transAxes, fontsize=8, color=MUTED, va="bottom")
+        axes.set_ylim(least - (1.5 if skips else 0.5), deepest + 0.5)
         axes.set_xlim(0.5, len(depth) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "skipped" if value == 0 else f"{value:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "skipped" if value < least else f"{value:g}"))
     for axes in list(grid.flat)[len(depths) :]:
         axes.set_axis_off()
     for position, axes in enumerate(list(grid.flat)[: len(depths)]):
@@ -76,19 +84,20 @@ def exits_over_time(depths: Mapping[str, np.ndarray], reused: Mapping[str, np.nd
     return to_png(figure)
 
 
-def _draw_skips(axes: Axes, share: np.ndarray) -> None:
+def _draw_skips(axes: Axes, share: np.ndarray, height: int) -> None:
     """Calls without the network, as grey blocks in a row of their own; paler where only some samples skipped."""
     for position, part in enumerate(share):
         if part > 0:
-            axes.bar(position + 1, 0.7, bottom=-0.35, width=0.92, color=_SKIPPED, alpha=0.25 + 0.75 * float(part))
+            alpha = 0.25 + 0.75 * float(part)
+            axes.bar(position + 1, 0.7, bottom=height - 0.35, width=0.92, color=_SKIPPED, alpha=alpha)
 
 
-def _draw_reuse(axes: Axes, depth: np.ndarray, reused: np.ndarray) -> None:
+def _draw_reuse(axes: Axes, called: np.ndarray, reused: np.ndarray) -> None:
     """Hatched from below: how many blocks took something from memory, the mean over samples for which the network ran.
 
     How many, not which: a block in the middle may be the one that reused.
     """
-    for position, (ran, taken) in enumerate(zip(depth > 0, reused, strict=True)):
+    for position, (ran, taken) in enumerate(zip(called, reused, strict=True)):
         height = float(taken[ran].mean()) if ran.any() else 0.0
         if height > 0:
             axes.bar(
@@ -97,10 +106,10 @@ def _draw_reuse(axes: Axes, depth: np.ndarray, reused: np.ndarray) -> None:
             )  # fmt: skip
 
 
-def _draw_depths(axes: Axes, depth: np.ndarray) -> None:
+def _draw_depths(axes: Axes, depth: np.ndarray, called: np.ndarray) -> None:
     """Mean and percentiles of the depth over the samples for which the network ran; gaps where it ran for none."""
     calls = np.arange(1, len(depth) + 1)
-    ran = [line[line > 0] for line in depth]
+    ran = [line[own] for line, own in zip(depth, called, strict=True)]
     nan = float("nan")
     mean = [float(line.mean()) if line.size else nan for line in ran]
     ends = np.array([np.percentile(line, [10, 90]) if line.size else (nan, nan) for line in ran])
@@ -111,15 +120,15 @@ def _draw_depths(axes: Axes, depth: np.ndarray) -> None:
     axes.plot(calls, mean, color=_MEAN, linewidth=1.7, drawstyle="steps-mid", marker=".", markersize=4)
 
 
-def _summary(depth: np.ndarray, reused: np.ndarray | None = None) -> str:
-    ran = depth[depth > 0]
-    skipped = float((depth == 0).mean())
+def _summary(depth: np.ndarray, called: np.ndarray, reused: np.ndarray | None = None) -> str:
+    ran = depth[called]
+    skipped = float((~called).mean())
     taken = 0.0 if reused is None else float(reused.sum(dtype=np.int64))
     parts = [f"mean depth {format_number(float(ran.mean()))}"] if ran.size else []
     if skipped:
         parts.append(f"{100 * skipped:.0f} % {'' if taken else 'of calls '}skipped")  # one line has to do
     if taken:
-        share = 100 * taken / float(depth.sum(dtype=np.int64))
+        share = 100 * taken / float(ran.sum(dtype=np.int64))
         parts.append(f"{share:.0f} % {'' if skipped else 'of blocks '}reuse")
     return ", ".join(parts)
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from gearshift.evaluation import figures, pareto, plots
+from gearshift.evaluation.calibration_plots import FILES as CALIBRATION
+from gearshift.evaluation.calibration_plots import calibration_blocks, calibration_figures
 from gearshift.evaluation.document import (
     Block,
     Bullets,
@@ -29,6 +31,7 @@ from gearshift.evaluation.document import (
     to_html,
     to_markdown,
 )
+from gearshift.evaluation.savings import contests
 from gearshift.evaluation.speed_table import classes_table, latency_table, scaling_table, spread_table, throughput_table
 from gearshift.evaluation.stage_table import cost_blocks
 from gearshift.evaluation.table import IDENTICAL, NOT_MEASURED, Row, is_distance, is_number, results_table
@@ -44,8 +47,9 @@ _FIGURES = (
     "exits.png",
     "distributions.png",
     "samples_[0-9][0-9]_*.png",
+    *CALIBRATION,
 )
-"""Every file that `_figures` may name."""
+"""Every file that a figure may be in."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,16 @@ class Pictures:
 
     Attributes:
         samples: uint8 [n <= 100, C, H, W], the same noise and label at one position of every row.
-        depths: integers [calls, branches * samples], blocks run; 0 where the network was not called.
-        reused: of these, blocks that took something from memory.
+        depths: integers [calls, branches * samples], blocks run; 0 where the embedding alone was read out.
+        called: bools beside them, where the network ran; rows that are left out were called every time.
+        reused: of the blocks run, those that took something from memory.
         per_image: {"macs_per_image": [N], "psnr_to_full": [N] (nan where the images are identical), "mean_depth": [N]}.
         full_of: the row of full compute it is compared with.
     """
 
     samples: Mapping[str, np.ndarray] = field(default_factory=dict)
     depths: Mapping[str, np.ndarray] = field(default_factory=dict)
+    called: Mapping[str, np.ndarray] = field(default_factory=dict)
     reused: Mapping[str, np.ndarray] = field(default_factory=dict)
     per_image: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     full_of: Mapping[str, str] = field(default_factory=dict)
@@ -71,7 +77,7 @@ def write_report(folder: str | Path, results: Mapping[str, Any], pictures: Pictu
     """Write the report into `folder` (made where it is missing) and return the path of `report.html`.
 
     results: `run` and `rows` (dicts with `name` and whatever was measured; None where not), and optionally `protocol`,
-        `conditions`, `versions` (flat dicts), `scaling`, `stages`, `training`, `command`, `warnings` and
+        `conditions`, `versions` (flat dicts), `scaling`, `stages`, `training`, `calibration`, `command`, `warnings` and
         `timing_warnings` (lines) and `unavailable` (dicts of `name`, `reason`, `fetch`). Non-finite numbers are written
         as null.
 
@@ -81,7 +87,8 @@ def write_report(folder: str | Path, results: Mapping[str, Any], pictures: Pictu
     folder = Path(folder)
     rows: list[Row] = list(results["rows"])
     names = [str(row["name"]) for row in rows]
-    pictured = {*pictures.samples, *pictures.depths, *pictures.reused, *pictures.per_image, *pictures.full_of}
+    named = (pictures.samples, pictures.depths, pictures.called, pictures.reused, pictures.per_image, pictures.full_of)
+    pictured = {name for one in named for name in one}
     unknown = sorted({*pictured, *pictures.full_of.values()} - set(names))
     if unknown or len(set(names)) != len(names):
         raise ValueError(f"row names must be unique and cover the pictures: rows {names}, without a row {unknown}")
@@ -89,7 +96,9 @@ def write_report(folder: str | Path, results: Mapping[str, Any], pictures: Pictu
     rows = list(results["rows"])
     table = results_table(rows)
     drawn = _figures(rows, pictures)
-    blocks = _blocks(results, rows, table, drawn)
+    heads = calibration_figures(results["calibration"]) if results.get("calibration") else []
+    blocks = _blocks(results, rows, table, drawn, heads)
+    drawn += heads
     run, name = str(results["run"]), results.get("name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +155,7 @@ def _figures(rows: Sequence[Row], pictures: Pictures) -> list[Figure]:
         )
         if any(reused.any() for reused in pictures.reused.values()):
             caption += " Hatched from below: so many of the blocks took something from memory, on average."
-        exits = figures.exits_over_time(pictures.depths, pictures.reused)
+        exits = figures.exits_over_time(pictures.depths, pictures.reused, pictures.called)
         found.append(Figure("exits.png", "Exits over time", caption, exits))
     spread = figures.distributions(pictures.per_image, rows) if pictures.per_image else None
     if spread is not None:
@@ -179,14 +188,19 @@ def cost_figure(file: str, rows: Sequence[Row], key: str, **marks: Sequence[str]
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(results: Mapping[str, Any], rows: Sequence[Row], table: Table, drawn: Sequence[Figure]) -> list[Block]:
+def _blocks(
+    results: Mapping[str, Any], rows: Sequence[Row], table: Table, drawn: Sequence[Figure], heads: Sequence[Figure]
+) -> list[Block]:
     blocks: list[Block] = [Tabled(table), Text(legend(rows), quiet=True)]
     added = baseline_lines(rows)
     blocks += [Text("Added as baselines, at the MACs of what each is set against:"), Bullets(added)] if added else []
+    judged = contests(rows)
+    blocks += [Text("Whether what they are set against beats them:"), Bullets(judged)] if judged else []
     for key in ("warnings", "timing_warnings"):
         if results.get(key):
             blocks.append(Bullets(results[key], warn=True))
     blocks += [figure for figure in drawn if figure.kind != "samples"]
+    blocks += calibration_blocks(results["calibration"], heads) if heads else []
     blocks += _details(results, rows)
     blocks += [Heading("How to read this"), Bullets(how_to_read(rows))]
     if results.get("protocol"):
@@ -244,6 +258,9 @@ def baseline_lines(rows: Sequence[Row]) -> list[str]:
         "other_grid": "full compute with fewer steps on another grid",
         "hurry": "attention taken from memory at the last calls",
         "deep_features": "deep features taken from memory between computed calls",
+        "fixed_depth": "one exit at every call, nothing asked",
+        "duodiff": "a smaller network trained from scratch at the first calls",
+        "small_network": "a smaller network trained from scratch at every call, at its own MACs",
     }
     lines = []
     for row in rows:
@@ -268,7 +285,8 @@ def how_to_read(rows: Sequence[Row]) -> list[str]:
         lines.append(
             "Baselines are what the MACs of the best rows buy without the method: of the best row that leaves early, "
             "and of the best that skips calls or reuses. Steps are whole, so they rather cost a little less than more. "
-            "A method that does not beat them has saved nothing that fewer steps or a fixed schedule would not."
+            "A method that does not beat them has saved nothing that fewer steps, a fixed schedule or a smaller "
+            "network would not."
         )
     if "kept_bytes_per_image" in keys and any(row.get("kept_bytes_per_image") for row in rows):
         lines.append(

@@ -9,7 +9,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gearshift.evaluation.classifier import Classifier
 from gearshift.evaluation.conditions import conditions, versions
@@ -20,7 +22,8 @@ from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.evaluation.stage_costs import account
 from gearshift.evaluation.throughput import BUSY
 from gearshift.evaluation.training_costs import TrainedBy, training_cost, training_mix
-from gearshift.evaluation.weights import Unavailable
+from gearshift.evaluation.weights import Unavailable, weights_digest
+from gearshift.sampling.ledger import LedgerData
 
 FORMAT = 2
 TIMING_ROWS = ("images_per_s", "speedup", "time_saved", "saving_realised", "seconds_spread", "speed")
@@ -64,6 +67,8 @@ def results(
         "ssim": ssim_protocol(data.image_size),
         "psnr": PSNR_PROTOCOL,
     }
+    if beside := _other_networks(evaluator):
+        protocol["other_networks"] = beside
     if (decoded := evaluator.to_pixels.describe()) is not None:
         size = some.row.sampler.denoiser.network.image_size
         protocol["decoding"] = f"{decoded}; {evaluator.to_pixels.macs(size):,} MACs per image, not among the macs"
@@ -74,6 +79,11 @@ def results(
     if s.min_images is not None:
         warnings.append(
             f"evaluation.min_images={s.min_images} replaces the metrics' own least numbers: a trial, not a measurement"
+        )
+    if evaluator.calibration is not None and evaluator.calibration["split"] == "train":
+        warnings.append(
+            "the uncertainty heads are held against images of the train split, on which they do better than on others, "
+            "because there is no other split (of latents, data_path=FOLDER takes those of the test split)"
         )
     timing_warnings = []
     if evaluator.others is not None and evaluator.others > BUSY:
@@ -88,7 +98,7 @@ def results(
         "batch_policy": "rows that leave are packed out",
         "other_processes": None if evaluator.others is None else f"{evaluator.others:.1%} of CPU time",
     }
-    unavailable = [missing.as_row() for missing in evaluator.instruments.unavailable]
+    unavailable = [missing.as_row() for missing in evaluator.unavailable]
     if labels is None and "label_agreement" in s.metrics and all(m["name"] != "label_agreement" for m in unavailable):
         unavailable.append(Unavailable("label_agreement", "the network takes no labels to agree with", "").as_row())
     out: dict[str, Any] = {
@@ -106,6 +116,8 @@ def results(
     }
     if evaluator.scaling is not None:
         out["scaling"] = evaluator.scaling
+    if evaluator.calibration is not None:
+        out["calibration"] = evaluator.calibration
     return out | costs(evaluator, trained)
 
 
@@ -126,6 +138,17 @@ def costs(evaluator: Evaluator, trained: TrainedBy | None) -> dict[str, Any]:
     return out
 
 
+def _other_networks(evaluator: Evaluator) -> dict[str, str]:
+    """Runs whose networks some row takes besides the run's own, and the digests of their weights."""
+    found: dict[str, str] = {}
+    for done in evaluator.rows.values():
+        network: Any = done.row.sampler.denoiser.network
+        for path, other in enumerate(done.row.sampler.policy.others(), start=1):
+            if other not in found:
+                found[other] = f"sha256 {weights_digest(network.network(path))[:16]}"
+    return found
+
+
 def _guidance(s: EvaluationConfig) -> str:
     text = f"w = {s.guidance:g}"
     if s.guidance == 1:
@@ -142,8 +165,16 @@ def pictures(evaluator: Evaluator) -> Pictures:
     rows = evaluator.rows
     return Pictures(
         samples={name: done.images for name, done in rows.items()},
-        depths={name: done.ledger.depth.reshape(len(done.ledger.depth), -1) for name, done in rows.items()},
-        reused={name: done.ledger.reused.reshape(len(done.ledger.reused), -1) for name, done in rows.items()},
+        depths={name: _asked(done.ledger, done.ledger.depth) for name, done in rows.items()},
+        called={name: _asked(done.ledger, done.ledger.called) for name, done in rows.items()},
+        reused={name: _asked(done.ledger, done.ledger.reused) for name, done in rows.items()},
         per_image={name: done.per_image for name, done in rows.items()},
         full_of={name: done.row.full for name, done in rows.items()},
     )
+
+
+def _asked(ledger: LedgerData, values: NDArray[Any]) -> NDArray[Any]:
+    """An array [K, G, N] of the ledger as [K, G * N]. A branch that guidance does not ask for at a call has skipped
+    nothing: the conditional one stands in its place, so shares and means are those of the branches that were asked."""
+    asked = np.arange(values.shape[1]) < ledger.branches[:, None]
+    return np.where(asked[..., None], values, values[:, :1]).reshape(len(values), -1)

@@ -18,7 +18,7 @@ import gearshift
 from gearshift.assembly import build_policy, build_solver
 from gearshift.evaluation.conditions import is_compiled
 from gearshift.evaluation.settings import EvaluationConfig
-from gearshift.policies import Full
+from gearshift.policies import Full, NetworkSwitch
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import slug
 from gearshift.sampling.loop import Sampler
@@ -35,6 +35,7 @@ class Row:
         solver: name of its entry under `solvers`.
         full: name of the row of full compute it is compared with; its own name for that row.
         equal_macs_to: the row whose MACs it was made to match, for baselines.
+        also_against: further rows that it is set against.
         baseline: which of `settings.BASELINES` it is; None for rows that were asked for.
         note: what must be said of a baseline.
         grid: the spacing of its steps, where that is not the solver's own.
@@ -48,6 +49,7 @@ class Row:
     baseline: str | None = None
     note: str | None = None
     grid: str | None = None
+    also_against: tuple[str, ...] | None = None
 
     @property
     def is_full(self) -> bool:
@@ -70,6 +72,9 @@ def plan_rows(settings: EvaluationConfig, make_sampler: Callable[..., Sampler]) 
             if not isinstance(policy, Full):
                 sampler = sampler_of(settings, make_sampler, policy, solver)
                 rows.append(Row(f"{title}{suffix}", name, full, sampler))
+    if settings.equal_macs and settings.shallow is not None:  # its baselines are made after hours of sampling
+        for solver_node in settings.solvers.values():
+            sampler_of(settings, make_sampler, NetworkSwitch(settings.shallow), build_solver(solver_node))
     files: dict[str, str] = {}
     for row in rows:
         if (other := files.setdefault(slug(row.name), row.name)) != row.name or not slug(row.name):
@@ -101,8 +106,8 @@ def suffix_of(settings: EvaluationConfig, solver: str) -> str:
 
 
 def fingerprint(row: Row, full: Row, weights: str, observed: str) -> str:
-    """16 hexadecimal digits over what decides a row's arrays: weights, sampler, full computation, what is observed,
-    the program's own text and the version of torch.
+    """16 hexadecimal digits over what decides a row's arrays: weights (of all networks that it runs, and of full
+    compute), sampler, full computation, what is observed, the program's own text and the version of torch.
 
     A policy or solver that cannot say what it is gets a new one every time, so its work is never taken for another's.
     """

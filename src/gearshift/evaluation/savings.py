@@ -1,10 +1,14 @@
-"""Whether one method saves training, sampling or neither against another: MACs alone, whatever the quality."""
+"""Sentences of judgement: whether one method saves training, sampling or neither against another (MACs alone, whatever
+the quality), and whether a row of an evaluation beats what its MACs buy without the method (quality alone)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from gearshift.evaluation.table import Column, Row, direction, is_distance, is_number
 
 SAME = 1e-6
 """Relative difference of two costs up to which neither is a saving."""
@@ -132,3 +136,71 @@ def savings(labelled: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _rows(ours: list[Any], theirs: list[Any]) -> tuple[Any, Any]:
     by_name = {row["name"]: row for row in theirs}
     return next(((row, by_name[row["name"]]) for row in ours if row["name"] in by_name), (ours[0], theirs[0]))
+
+
+# Against the baselines of an evaluation ------------------------------------------------------------------------------
+
+_CLOSENESS = "psnr_to_full"
+
+
+def contests(rows: Sequence[Row]) -> list[str]:
+    """Every row that baselines are set against, against each of these: one sentence for each pair.
+
+    A row beats another in a measure where it is better by more than the larger standard deviation over repeats and by
+    more than what is printed; else it does not. Measured are the Fréchet distances that both have, and closeness to
+    full compute.
+    """
+    by_name = {row["name"]: row for row in rows}
+    lines = []
+    for base in rows:
+        for name in (base.get("equal_macs_to"), *(base.get("also_against") or ())):
+            line = _contest(by_name[name], base) if name in by_name else None
+            lines += [] if line is None else [(list(by_name).index(name), line)]
+    # All of one row together.
+    return [line for _, line in sorted(lines, key=lambda entry: entry[0])]
+
+
+def _contest(ours: Row, base: Row) -> str | None:
+    measures = [*filter(is_distance, ours), _CLOSENESS]
+    keys = [key for key in measures if _comparable(ours, base, key)]
+    if not keys:
+        return None
+    ahead = [key for key in keys if _ahead(ours, base, key)]
+    behind = [key for key in keys if key not in ahead]
+    head = f"{ours['name']} {'beats' if ahead else 'does not beat'} {base['name']}"
+    macs = [float(row.get("macs_per_image") or 0) for row in (base, ours)]
+    if all(macs):
+        head += f" at {100 * macs[0] / macs[1]:.4g} % of the MACs"
+    parts = [_values(ours, base, won) for won in (ahead, behind) if won]
+    if ahead and behind:
+        return f"{head} in {parts[0]}; not in {parts[1]}"
+    return f"{head}: {parts[0]}"
+
+
+def _comparable(ours: Row, base: Row, key: str) -> bool:
+    return all(is_number(row.get(key)) or _identical(row, key) for row in (ours, base))
+
+
+def _identical(row: Row, key: str) -> bool:
+    """Images equal to those of full compute have no finite PSNR."""
+    return key == _CLOSENESS and row.get(key) is None and row.get("identical_to_full") == 1.0
+
+
+def _ahead(ours: Row, base: Row, key: str) -> bool:
+    mine, other = (math.inf if _identical(row, key) else float(row[key]) for row in (ours, base))
+    if not direction(key) * (mine - other) > 0:
+        return False
+    noise = max((row.get("sd") or {}).get(key) or 0.0 for row in (ours, base))
+    return abs(mine - other) > noise and _shown(ours, key) != _shown(base, key)
+
+
+def _shown(row: Row, key: str) -> str:
+    return Column(key, key, "number").cell(row)
+
+
+def _values(ours: Row, base: Row, keys: Sequence[str]) -> str:
+    def pair(key: str) -> str:
+        name, unit = ("PSNR to full", " dB") if key == _CLOSENESS else (key, "")
+        return f"{name} {_shown(ours, key)} against {_shown(base, key)}{unit}"
+
+    return ", ".join(map(pair, keys))

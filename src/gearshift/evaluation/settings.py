@@ -14,7 +14,7 @@ from gearshift.runtime.errors import UsageError
 METRICS: Mapping[str, str] = {**PAIRED, **DISTRIBUTION}
 """Every metric that can be named; PSNR and SSIM to the full computation are always there."""
 KEEP = ("none", "npz", "png")
-BASELINES = ("fewer_steps", "other_grid", "hurry", "deep_features")
+BASELINES = ("fewer_steps", "other_grid", "hurry", "deep_features", "fixed_depth", "duodiff", "small_network")
 """What is added at the MACs of the best rows, see `evaluation.baselines`."""
 
 
@@ -44,9 +44,15 @@ class EvaluationConfig:
         timing_rounds: interleaved rounds.
         timing_sweep: further batch sizes to time.
         latency_repeats: single images timed for percentiles of the latency; 0 leaves them out.
+        calibration_images: images of a held-out split that uncertainty heads are held against, see
+            `evaluation.calibration`; all where it has fewer, 0 leaves it out.
+        calibration_times: noise levels they are held against it at.
         equal_macs: add baselines at the MACs of each solver's best exit row and best row that skips or reuses.
         baselines: which ones, of `BASELINES`: full compute with fewer steps on the solver's own grid and on another,
-            late reuse of attention (HURRY) and deep features at an interval (DeepCache), where the network allows it.
+            late reuse of attention (HURRY) and deep features at an interval (DeepCache), one exit at every call, where
+            the network allows it; the network of `shallow` at the first calls (DuoDiff) and at every call.
+        shallow: run folder of a smaller network that was trained from scratch, for `duodiff` and `small_network`,
+            which are left out without one.
         tolerance: points of label agreement a row may lose and still count as best (without labels: PSNR decides).
     """
 
@@ -74,8 +80,11 @@ class EvaluationConfig:
     timing_rounds: int = 5
     timing_sweep: list[int] = field(default_factory=list)
     latency_repeats: int = 0
+    calibration_images: int = 0
+    calibration_times: int = 20
     equal_macs: bool = True
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
+    shallow: str | None = None
     tolerance: float = 3.0
 
     def __post_init__(self) -> None:
@@ -85,9 +94,13 @@ class EvaluationConfig:
         if not self.solvers:
             raise UsageError("evaluation.solvers is empty; name at least one solver")
         least = {"num_images": 2, "repeats": 1, "start": 0, "chunk": 1, "timing_images": 0, "timing_rounds": 1}
-        for name, bound in {**least, "latency_repeats": 0}.items():
+        for name, bound in {**least, "latency_repeats": 0, "calibration_images": 0, "calibration_times": 1}.items():
             if getattr(self, name) < bound:
                 raise UsageError(f"evaluation.{name}={getattr(self, name)} must be at least {bound}")
+        if self.calibration_images == 1:
+            raise UsageError(
+                "evaluation.calibration_images=1 tells nothing apart; take at least 2, or 0 to leave it out"
+            )
         if self.min_images is not None and self.min_images < 2:
             raise UsageError(f"evaluation.min_images={self.min_images} must be at least 2, or null")
         if any(batch < 1 for batch in self.timing_sweep):
@@ -103,6 +116,11 @@ class EvaluationConfig:
         if unknown:
             known = ", ".join(BASELINES)
             raise UsageError(f"evaluation.baselines={list(self.baselines)}: {unknown[0]!r} is not one of {known}")
+        if self.shallow is not None and not {"duodiff", "small_network"} & set(self.baselines):
+            raise UsageError(
+                f"evaluation.shallow={self.shallow} would not be read: evaluation.baselines={list(self.baselines)} has "
+                "neither duodiff nor small_network; add one, or leave it out"
+            )
         if self.guidance_interval is not None and len(self.guidance_interval) != 2:
             raise UsageError(
                 f"evaluation.guidance_interval={list(self.guidance_interval)} is not a pair; give the least and the "

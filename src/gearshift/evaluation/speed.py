@@ -92,7 +92,7 @@ def saving_realised(time_saved: float, macs_saved: float) -> float | None:
 def measure_speed(
     samplers: Mapping[str, Sampler],
     reference_of: Mapping[str, str],
-    table: CostTable,
+    table: CostTable | Mapping[str, CostTable],
     settings: SpeedSettings,
     *,
     start: int = 0,
@@ -106,9 +106,9 @@ def measure_speed(
     fit the device is reported with None for its numbers and the reason, and no larger one is tried.
 
     Args:
-        samplers: by row name; they share device and network. Their own `chunk` is replaced by the batch size.
+        samplers: by row name; they share the device. Their own `chunk` is replaced by the batch size.
         reference_of: by row name, the row it is compared with.
-        table: costs of the network, for the ledger.
+        table: costs of the network, for the ledger; by row name where rows run different ones.
         start: index of the first image; a batch makes images start..start+batch-1, and the r-th latency image is
             start + r under every row, so that percentiles cover images which take different depths.
         cond: conditioning, for networks whose conditioning is no label.
@@ -117,7 +117,8 @@ def measure_speed(
     Raises:
         RunError: the main batch does not fit the device.
     """
-    measure = _Measure(samplers, table, settings, start, cond, on_pass)
+    tables = table if isinstance(table, Mapping) else dict.fromkeys(samplers, table)
+    measure = _Measure(samplers, tables, settings, start, cond, on_pass)
     main = measure.batch(settings.images)
     if isinstance(main, str):
         raise RunError(f"speed cannot be measured with {settings.images} images at a time ({main}); time fewer")
@@ -173,7 +174,7 @@ class _Measure:
     """The passes of one `measure_speed`."""
 
     samplers: Mapping[str, Sampler]
-    table: CostTable
+    tables: Mapping[str, CostTable]
     settings: SpeedSettings
     start: int
     cond: CondOf | None
@@ -229,7 +230,7 @@ class _Measure:
 
     def _generate(self, name: str, first: int, size: int) -> float:
         """One pass; MACs per image of what it made."""
-        return _generate(self.samplers[name], first, size, self.table, self.cond)
+        return _generate(self.samplers[name], first, size, self.tables[name], self.cond)
 
 
 def _generate(sampler: Sampler, first: int, size: int, table: CostTable, cond: CondOf | None = None) -> float:

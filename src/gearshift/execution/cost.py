@@ -90,10 +90,13 @@ class CostTable:
 
     def of_plan(self, backbone: Network, plan: StepPlan, path: int = 0) -> Cost:
         """One row that is called under `plan`, which says the same of every row and has no exit rule; what it reuses is
-        taken to be there."""
-        blocks = backbone.paths[path]
-        if plan.exit is not None or isinstance(plan.depth, Tensor) or not isinstance(plan.bypass, frozenset):
+        taken to be there. `path` is that of its noise level; a plan that names an expert has the last word."""
+        per_row = isinstance(plan.depth, Tensor) or isinstance(plan.expert, Tensor)
+        if plan.exit is not None or per_row or not isinstance(plan.bypass, frozenset):
             raise ValueError("the cost of a plan that tells rows apart is known only once it has run")
+        if isinstance(plan.expert, int):
+            path = plan.expert
+        blocks = backbone.paths[path]
         if plan.depth is not None:
             blocks = blocks[: min(plan.depth, len(blocks))]
         modes = {b: "bypass" if b in plan.bypass else plan.reused_part(b) or "full" for b in blocks}
@@ -125,7 +128,7 @@ def _measure_path(
     for depth in range(len(blocks) + 1):
         if depth in exits:
             _, entries["readout", path, depth, "full"] = _count(twin.readout, stream.hidden, stream.cond, depth, path)
-            if twin.has_uncertainty:
+            if twin.predicts_error(depth, path):
                 _, cost = _count(twin.uncertainty, stream.hidden, stream.time, depth, path)
                 entries["uncertainty", path, depth, "full"] = cost
         if depth < len(blocks):

@@ -24,7 +24,14 @@ SCOPED = tuple(f"{kind}.{part}" for kind in KINDS for part in PARTS[:-1])
 
 
 class ExitRule(Protocol):
-    """Looked at after each block named by `depths`; decides which of the rows still running leave there."""
+    """Looked at after each block named by `depths`; decides which of the rows still running leave there.
+
+    A rule may also have a method `quiet(exits)` that names, out of its depths, those at which it expects nobody to
+    leave, say because nobody did at the last call. There the next block runs before the host looks at the answer
+    (`Packing.overlap`), so nothing stands idle. An expectation changes no image: who leaves all the same is read out
+    from that depth, and has run one block more, which the trace counts. In simulation, with taps and with a memory
+    every answer is waited for.
+    """
 
     def depths(self, exits: tuple[int, ...]) -> Collection[int]:
         """Depths, out of the backbone's `exits`, at which a row may leave. Elsewhere the rule costs nothing."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from gearshift.execution.memory import Memory, Slot
 from gearshift.execution.network import Network
 from gearshift.execution.plan import StepPlan
+from gearshift.execution.present import Mask
 from gearshift.execution.stream import Rows, Stream, gather
 
 
@@ -55,10 +56,10 @@ def after(
     rows: Rows,
     block: int,
     skip: Tensor | None,
-    keep: Tensor,
+    keep: Mask,
 ) -> Tensor:
-    """The hidden state of a group after a block. `rows` are the group's; of them those in `keep` (host bool [n]) leave
-    what they compute behind."""
+    """The hidden state of a group after a block. `rows` are the group's; of them those in `keep` leave what they
+    compute behind."""
     held = memory.read((block, group.mode), rows) if group.mode is not None else {}
     if group.mode == "block":
         return held["block"][0]
@@ -74,6 +75,6 @@ def after(
         slot.store("block", hidden)
     for part in wanted:
         values = {name: tensors for name, tensors in slot.stored.items() if name.rsplit(".", 1)[-1] == part}
-        if values and bool(keep.any()):
-            memory.write((block, part), rows, values, keep)
+        if values and keep is not False:
+            memory.write((block, part), rows, values, None if keep is True else keep)
     return hidden

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,12 +34,15 @@ class Rows:
     def on(self, device: torch.device) -> Tensor:
         """Original indices on `device`, moved once."""
         if self._device_index is None or self._device_index.device != device:
-            self._device_index = to_device(self.host(), device)
+            everybody = self.index is None
+            self._device_index = (
+                torch.arange(self.total, device=device) if everybody else to_device(self.host(), device)
+            )
         return self._device_index
 
     def take(self, positions: Tensor) -> Rows:
-        """The rows at these positions (host int64) of this subset."""
-        return Rows(self.total, self.host()[positions])
+        """The rows at these positions (host int64, ascending) of this subset."""
+        return Rows(self.total, positions if self.index is None else self.index[positions])
 
     def positions_of(self, other: Rows) -> Tensor | None:
         """Where each row of `other` (a subset of this one) stands here, host int64; None if both are the same rows."""
@@ -68,12 +72,20 @@ def gather(tensor: Tensor, positions: Tensor | None, *, own: bool = False) -> Te
     Adjacent rows are a view: no copy, and no index travels to the device. `own` asks for a copy of these too, so that
     keeping a few rows does not keep the whole tensor in memory.
     """
+    return gathering(positions, tensor.device, own=own)(tensor)
+
+
+def gathering(positions: Tensor | None, device: torch.device, *, own: bool = False) -> Callable[[Tensor], Tensor]:
+    """`gather` for several tensors on one device, to which the index is moved once."""
     if positions is None:
-        return tensor
+        return lambda tensor: tensor
     if adjacent(positions):
-        part = tensor.narrow(0, int(positions[0]), len(positions))
-        return part.clone() if own else part
-    return tensor.index_select(0, to_device(positions, tensor.device))
+        first, count = int(positions[0]), len(positions)
+        if own:
+            return lambda tensor: tensor.narrow(0, first, count).clone()
+        return lambda tensor: tensor.narrow(0, first, count)
+    index = to_device(positions, device)
+    return lambda tensor: tensor.index_select(0, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +116,7 @@ class Stream:
 
     def take(self, positions: Tensor) -> Stream:
         """The stream of the rows at `positions` (host int64, ascending)."""
-        if adjacent(positions):
-
-            def pick(tensor: Tensor) -> Tensor:
-                return gather(tensor, positions)
-        else:
-            on_device = to_device(positions, self.hidden.device)  # moved once for all tensors
-
-            def pick(tensor: Tensor) -> Tensor:
-                return tensor.index_select(0, on_device)
-
+        pick = gathering(positions, self.hidden.device)
         return Stream(
             hidden=pick(self.hidden),
             time=pick(self.time),

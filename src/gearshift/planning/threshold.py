@@ -49,7 +49,7 @@ def tune(
 
     def at(threshold: float) -> Tuned:
         some: Any = policy
-        made: Policy = replace(some, threshold=threshold)
+        made: Policy = replace(some, **{**_one_for_all(some), "threshold": threshold})
         on_round(threshold)
         return Tuned(made, threshold, cost(made))
 
@@ -71,11 +71,16 @@ def tune(
     return best
 
 
+def _one_for_all(policy: Any) -> dict[str, None]:
+    """What takes the place of a threshold, put away."""
+    return {field.name: None for field in fields(policy) if field.name == "thresholds"}
+
+
 def _highest(policy: Policy) -> float:
     """Uncertainty and the like lie in [0, 1]; statistics of skipping have no upper end, and at 100 nothing is left."""
     some: Any = policy
     try:
-        replace(some, threshold=100.0)
+        replace(some, **{**_one_for_all(some), "threshold": 100.0})
     except UsageError:
         return 1.0
     return 100.0

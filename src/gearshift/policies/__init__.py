@@ -7,9 +7,11 @@ from gearshift.policies.bypass_schedule import BypassSchedule
 from gearshift.policies.compose import Compose
 from gearshift.policies.deep_features import DeepFeatureReuse
 from gearshift.policies.exit_schedule import ExitSchedule
+from gearshift.policies.network_switch import NetworkSwitch
 from gearshift.policies.planned import Planned
+from gearshift.policies.saturation import SaturationExit
 from gearshift.policies.schedule import FixedDepth, Full, SkipEvery
-from gearshift.policies.uncertainty import UncertaintyExit
+from gearshift.policies.uncertainty import LearnedExit, UncertaintyExit
 
 __all__ = [
     "AdaptiveSkip",
@@ -20,9 +22,12 @@ __all__ = [
     "ExitSchedule",
     "FixedDepth",
     "Full",
+    "LearnedExit",
+    "NetworkSwitch",
     "Planned",
     "Policy",
     "RunInfo",
+    "SaturationExit",
     "SkipEvery",
     "UncertaintyExit",
 ]

@@ -75,6 +75,10 @@ class Policy:
     def forecasts(self) -> bool:
         return False
 
+    def others(self) -> tuple[str, ...]:
+        """Run folders of further networks that plans route rows to: expert k is the k-th of them, 0 the run's own."""
+        return ()
+
     def fits(self, network: Network) -> None:
         """Raises UsageError where the policy does not fit the network, whatever the calls."""
 
@@ -89,6 +93,10 @@ class Policy:
     def plan(self, state: Any, call: Call) -> StepPlan:
         """What `call` computes."""
         return FULL
+
+    def amend(self, state: Any, plan: StepPlan) -> StepPlan:
+        """What this policy has to say of a plan that is its own joined with those of others (`Compose`)."""
+        return plan
 
     def observe(self, state: Any, call: Call, before: Tensor, after: Tensor, prediction: Observed) -> Any:
         """State after the call. `before` and `after` are the sampler's x [B, C, H, W] around the step."""

@@ -55,6 +55,14 @@ class Compose(Policy):
     def name(self) -> str:
         return " + ".join(part.name for part in self.parts)
 
+    def others(self) -> tuple[str, ...]:
+        """Those of the one part that has any. Raises UsageError where two parts name different ones."""
+        found = dict.fromkeys(others for part in self.parts if (others := part.others()))
+        if len(found) > 1:
+            named = " and ".join(", ".join(others) for others in found)
+            raise UsageError(f"policy Compose: two parts route rows to different networks ({named}); keep one of them")
+        return next(iter(found), ())
+
     def fits(self, network: Network) -> None:
         for part in self.parts:
             part.fits(network)
@@ -69,7 +77,12 @@ class Compose(Policy):
         return tuple(part.begin(run) for part in self.parts)
 
     def plan(self, state: tuple[Any, ...], call: Call) -> StepPlan:
-        return join(part.plan(own, call) for part, own in zip(self.parts, state, strict=True))
+        return self.amend(state, join(part.plan(own, call) for part, own in zip(self.parts, state, strict=True)))
+
+    def amend(self, state: tuple[Any, ...], plan: StepPlan) -> StepPlan:
+        for part, own in zip(self.parts, state, strict=True):
+            plan = part.amend(own, plan)
+        return plan
 
     def observe(
         self, state: tuple[Any, ...], call: Call, before: Tensor, after: Tensor, prediction: Observed

@@ -26,14 +26,15 @@ def macs_of(sampler: Sampler, policy: Policy, table: CostTable) -> int | None:
     total = 0
     for call, path in zip(info.calls, network.route(levels).tolist(), strict=True):
         plan = policy.plan(state, call)
-        if plan.exit is not None or isinstance(plan.depth, Tensor) or isinstance(plan.bypass, Mapping):
+        per_row = isinstance(plan.depth, Tensor) or isinstance(plan.expert, Tensor)
+        if plan.exit is not None or per_row or isinstance(plan.bypass, Mapping):
             return None
         wanted = info.branches if low <= call.log_snr <= high else 1
         called = torch.as_tensor(plan.call).expand(info.num_rows).reshape(info.branches, info.batch)[:wanted]
         rows = called.float().mean(1).sum()
         if not bool(rows):
             continue
-        key = (path, plan.depth, plan.reuse, plan.bypass)
+        key = (path, plan.expert, plan.depth, plan.reuse, plan.bypass)
         if key not in costs:
             costs[key] = table.of_plan(network, plan, path).macs
         total += round(float(rows) * costs[key])

@@ -24,9 +24,11 @@ class LedgerData:
     """Arrays over calls K, branches G and samples N.
 
     Attributes:
-        depth: blocks run [K, G, N] (0: not called), int16.
+        depth: blocks after which a row was read out [K, G, N], int16; 0 where it was read from the embedding, and where
+            it was not called (`called` tells them apart).
         called: network evaluated [K, G, N], bool.
-        macs: multiply-accumulates [K, G, N], heads included, int64.
+        macs: multiply-accumulates [K, G, N], heads included, int64; of all that ran, so also of blocks that a row ran
+            beyond its depth before it was dropped.
         reused: blocks that took something from memory [K, G, N], int16.
         full_macs: of one row through the plain network (the path its noise level is routed to), int64 [K].
         time, log_snr: process time and log-SNR of each call [K].

@@ -15,20 +15,24 @@ class DepthWatch:
 
     def __init__(self, branches: int, batch: int) -> None:
         self._shape = (branches, batch)
-        self._depth = torch.zeros(branches * batch, dtype=torch.int64)
+        self._depth = torch.full((branches * batch,), -1)  # not called yet; 0 is the depth of the embedding
         self._bypass: frozenset[int] | None = None
+        self._expert: int | Tensor | None = None
 
     def switched(self, plan: StepPlan, prediction: Prediction, device: torch.device) -> bool | Tensor:
         """Whether this call is the first after a switch: for all samples at once, or bool [batch] on `device`.
 
-        A call that was skipped switches nothing; other dropped blocks are another depth.
+        A call that was skipped switches nothing; other dropped blocks are another depth, and so is another network that
+        the plan names.
         """
         called = prediction.called
-        changed = called & (self._depth > 0) & (prediction.depth != self._depth)
+        changed = called & (self._depth >= 0) & (prediction.depth != self._depth)
         if self._bypass is not None and plan.bypass != self._bypass:
             changed = changed | called
+        if self._expert is not None and plan.expert is not None:
+            changed = changed | (called & (torch.as_tensor(plan.expert) != torch.as_tensor(self._expert)))
         if bool(called.any()):
-            self._bypass = frozenset(plan.bypass)
+            self._bypass, self._expert = frozenset(plan.bypass), plan.expert
         self._depth = torch.where(called, prediction.depth, self._depth)
         samples = changed.reshape(self._shape).any(0)
         some = bool(samples.any())

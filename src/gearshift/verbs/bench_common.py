@@ -22,6 +22,7 @@ from gearshift.execution.plan import StepPlan
 from gearshift.policies import FixedDepth, Policy
 from gearshift.policies.base import RunInfo
 from gearshift.runtime import keys
+from gearshift.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,21 @@ class _Drawn:
 
 
 def denoiser_of(cfg: DictConfig, device: torch.device) -> Denoiser:
-    """The run's network with its weights, or the one that is composed with random weights."""
+    """The run's network with its weights, or the one that is composed with random weights; beside it those that the
+    policy names.
+
+    Raises:
+        UsageError: other networks without a run, or in a benchmark that times one network alone.
+    """
+    policy = build_policy(cfg.policy) if cfg.get("policy") else Policy()
+    alone = [name for name in ("training", "features", "stages", "steps") if cfg.get(name)]
+    if policy.others() and (cfg.run is None or alone):
+        named = f"policy {policy.name} takes a second network (of {', '.join(policy.others())})"
+        if alone:
+            raise UsageError(f"{named}, and {alone[0]}=true times one; leave out the policy, or take sampling=true")
+        raise UsageError(f"{named}, which is set beside that of a run; name it by run=RUN")
     if cfg.run is not None:
-        return api.load_run(cfg.run, device=cfg.device, compile=cfg.compile).denoiser
+        return api.load_run(cfg.run, device=cfg.device, compile=cfg.compile).beside(policy.others())
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         denoiser = build_denoiser(cfg).to(device).eval().requires_grad_(False)
@@ -85,7 +98,7 @@ def tokens(denoiser: Denoiser) -> int | None:
     """Tokens of one image, where the network has patches."""
     network = denoiser.network
     try:
-        return int((network.image_size // network.patch(network.exits()[0])) ** 2)
+        return int((network.image_size // network.patch(network.exits()[-1])) ** 2)
     except NotImplementedError:
         return None
 

@@ -27,6 +27,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     if cfg.devices is not None:
         multirun = "MULTIRUN" in str(_hydra("mode"))
         launch.ensure_processes(cfg.devices, ["evaluate", *sys.argv[1:]], multirun=multirun, name="devices")
+    from gearshift.evaluation.calibration import held_out
     from gearshift.evaluation.evaluate import Evaluator
     from gearshift.evaluation.instruments import Instruments
     from gearshift.evaluation.report import write_report
@@ -58,6 +59,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         _check_alone(settings, cfg.run)
         from gearshift.integrations.diffusers.loaded import without_data
 
+        own: Any = None
         data, split = None, without_data(loaded.denoiser)
     else:
         own = config.build(source.data) if loaded.is_pipeline else build_data(source, loaded.denoiser.network)
@@ -71,9 +73,11 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         peers.meet()
         classifier = _classifier(settings, data, split, device)
         instruments = Instruments.prepare(settings, split, classifier, device)
-        for missing in instruments.unavailable:  # before hours of sampling, and again at the end
+        calibrates = settings.calibration_images and loaded.denoiser.network.has_uncertainty and launch.is_main()
+        heads = held_out(own, split) if calibrates else None
+        evaluator = Evaluator(settings, make, instruments, split, device, folder, loaded.to_pixels(), heads)
+        for missing in evaluator.unavailable:  # before hours of sampling, and again at the end
             note(f"left out: {missing.name} ({missing.reason})")
-        evaluator = Evaluator(settings, make, instruments, split, device, folder, loaded.to_pixels())
         evaluator.run()
         if not launch.is_main():
             return None

@@ -26,8 +26,10 @@ from gearshift.planning.planner import SEARCHES
 from gearshift.planning.problem import mean_squared_error, psnr
 from gearshift.planning.rivals import images_of
 from gearshift.planning.threshold import ROUNDS, Tuned, tune
+from gearshift.planning.threshold_bins import Measured, check_binned, runs_of, tune_bins
 from gearshift.policies import Policy
 from gearshift.policies.attention_reuse import OPERATORS
+from gearshift.policies.threshold_exit import ThresholdExit
 from gearshift.runtime import config
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import atomic_write, slug
@@ -98,6 +100,10 @@ def _check(cfg: DictConfig) -> None:
         raise UsageError(f"trial_images={cfg.trial_images} are some of images={cfg.images}; make them fewer")
     if cfg.restarts < 0 or (cfg.longest is not None and cfg.longest < 1):
         raise UsageError(f"restarts={cfg.restarts} must be at least 0, and longest={cfg.longest} null or at least 1")
+    if cfg.bins is not None and not cfg.get("policy"):
+        raise UsageError(
+            f"bins={cfg.bins} are of a policy with thresholds; add policy=uncertainty_exit, or leave them out"
+        )
     if cfg.get("policy") and cfg.unit != "macs":
         raise UsageError(f"unit={cfg.unit} is for schedules; the threshold of a policy is tuned with unit=macs")
 
@@ -126,28 +132,52 @@ def command() -> str:
 
 
 def _threshold(cfg: DictConfig, sampler: Sampler, place: Path, *, clip: bool) -> dict[str, Any]:
-    """The threshold of `policy` that meets the budget; images are compared within [-1, 1] with `clip`, latents as they
-    are."""
+    """The threshold of `policy`, or one for each of `bins` of the noise level, that meets the budget; images are
+    compared within [-1, 1] with `clip`, latents as they are."""
     policy = build_policy(cfg.policy)
+    if cfg.bins is not None:
+        check_binned(policy, cfg.bins)
     table = sampler.cost_table()
     index = torch.arange(cfg.images, device=sampler.device)
     full_images, full = images_of(sampler, index, table)
     replace(sampler, policy=policy).check()
 
-    def cost(candidate: Policy) -> float:
-        return images_of(replace(sampler, policy=candidate), index, table)[1] / full
+    def measure(candidate: Policy) -> tuple[float, float]:
+        images, macs = images_of(replace(sampler, policy=candidate), index, table)
+        return macs / full, mean_squared_error(images, full_images, clip)
 
     with Progress(ROUNDS + 1, "threshold", unit="runs") as bar:
-        tuned: Tuned = tune(policy, cost, cfg.budget, on_round=lambda threshold: bar.update(1, at=threshold))
-    images, _ = images_of(replace(sampler, policy=tuned.policy), index, table)
-    closeness = psnr(mean_squared_error(images, full_images, clip))
-    text = threshold_text(config.plain(cfg.policy), tuned.threshold, command(), cfg.budget, tuned.cost, closeness)
+        tuned: Tuned = tune(
+            policy, lambda one: measure(one)[0], cfg.budget, on_round=lambda threshold: bar.update(1, at=threshold)
+        )
+    best = Measured(tuned.policy, *measure(tuned.policy))
+    answer: dict[str, Any] = {"threshold": tuned.threshold}
+    if cfg.bins is not None:
+        assert isinstance(policy, ThresholdExit)
+        with Progress(runs_of(cfg.bins), "thresholds", unit="runs") as bar:
+            best, uniform = tune_bins(
+                policy, tuned, measure, cfg.budget, cfg.bins, on_round=lambda said: bar.update(1, at=said)
+            )
+        answer["psnr_calibration_one_threshold"] = _finite(psnr(uniform.loss))
+        found: Any = best.policy
+        answer["threshold"], answer["thresholds"] = found.threshold, found.thresholds
+    closeness = psnr(best.loss)
+    text = threshold_text(config.plain(cfg.policy), best.policy, command(), cfg.budget, best.cost, closeness)
     atomic_write(place, text)
+    further = torch.arange(cfg.images, cfg.images + cfg.validation, device=sampler.device)
+    reference, full = images_of(sampler, further, table)
+    images, macs = images_of(replace(sampler, policy=best.policy), further, table)
     return {
         "policy": str(place),
-        "name": tuned.policy.name,
+        "name": best.policy.name,
         "budget": cfg.budget,
-        "macs_fraction": tuned.cost,
-        "threshold": tuned.threshold,
-        "psnr_calibration": closeness if math.isfinite(closeness) else None,
+        "macs_fraction": best.cost,
+        **answer,
+        "psnr_calibration": _finite(closeness),
+        "macs_fraction_validation": macs / full,
+        "psnr": _finite(psnr(mean_squared_error(images, reference, clip))),
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -7,8 +7,11 @@ from typing import Any
 
 import yaml
 
-from gearshift.policies import Planned
+from gearshift.policies import Planned, Policy
 from gearshift.runtime.config import TARGET
+
+OTHER_NAMES = ("certainty", "similarity")
+"""Under which policies take 1 - threshold."""
 
 
 def plan_text(policy: Planned, header: Sequence[str]) -> str:
@@ -30,12 +33,19 @@ def plan_text(policy: Planned, header: Sequence[str]) -> str:
 
 
 def threshold_text(
-    node: Mapping[str, Any], threshold: float, command: str, budget: float, cost: float, psnr: float
+    node: Mapping[str, Any], policy: Policy, command: str, budget: float, cost: float, psnr: float
 ) -> str:
-    """A policy with the threshold that was found."""
+    """A policy node with the threshold, or the thresholds, that were found."""
+    found: Any = policy
+    thresholds = getattr(found, "thresholds", None)
     header = [
-        f"Threshold for {budget:g} of full compute; on calibration noise {cost:.4f}, {psnr:.2f} dB to full compute.",
+        f"{'Threshold' if thresholds is None else 'Thresholds'} for {budget:g} of full compute; on calibration noise "
+        f"{cost:.4f}, {psnr:.2f} dB to full compute.",
         command,
     ]
-    body = yaml.safe_dump({**node, "threshold": threshold}, sort_keys=False)
+    own = {key: value for key, value in node.items() if key not in OTHER_NAMES}
+    own["threshold"] = found.threshold
+    if thresholds is not None:
+        own["thresholds"] = [float(value) for value in thresholds]
+    body = yaml.safe_dump(own, sort_keys=False)
     return "".join(f"# {line}\n" for line in header) + body

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig
 
+from gearshift.api import other_run, side_by_side
 from gearshift.assembly import build_denoiser, build_objective, build_policy, build_solver
 from gearshift.backbones.base import Backbone
 from gearshift.diffusion.denoiser import Denoiser
@@ -47,7 +48,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "parts": _parts(network, table),
     }
     solver = build_solver(cfg.solver)
-    answer["policy"] = _under(denoiser, build_policy(cfg.policy), solver, table, cfg.guidance)
+    policy, beside = build_policy(cfg.policy), denoiser
+    if policy.others():
+        beside = _beside(denoiser, "the composed network" if cfg.run is None else f"run={cfg.run}", policy)
+    own = table if beside is denoiser else CostTable.measure(beside.network)
+    answer["policy"] = _under(beside, policy, solver, own, cfg.guidance)
     objective = build_objective(source, network) if source.get("objective") else None
     if len(network.paths) > 1:
         answer |= _staged(denoiser, solver, table, objective)
@@ -88,6 +93,7 @@ def _exits(network: Backbone, table: CostTable) -> list[dict[str, Any]]:
                     "depth": depth,
                     "gmacs": cost.macs / 1e9,
                     "gmacs_conv_linear": cost.linear / 1e9,
+                    "gflops": cost.flops / 1e9,
                     "fraction": cost.macs / full.macs,
                     "head_macs": head.macs,
                     "uncertainty_macs": uncertainty.macs,
@@ -108,6 +114,13 @@ def _parts(network: Backbone, table: CostTable) -> list[dict[str, Any]]:
             }
             rows.append({"path": path, "index": block, **modes})
     return rows
+
+
+def _beside(denoiser: Denoiser, name: str, policy: Policy) -> Denoiser:
+    """The network with those of the runs that the policy names."""
+    with torch.device("meta"):
+        others = {other: build_denoiser(other_run(other).config) for other in policy.others()}
+    return side_by_side(denoiser, name, others)
 
 
 def _under(denoiser: Denoiser, policy: Policy, solver: Any, table: CostTable, guidance: float) -> dict[str, Any]:
@@ -159,12 +172,13 @@ def _show(answer: dict[str, Any]) -> None:
     if "stages" in answer:
         _show_stages(answer, console)
     several = "stages" in answer
-    table = Table(*["stage"] * several, "exit depth", "GMACs", "of full", "head MACs", "uncertainty MACs")
+    table = Table(*["stage"] * several, "exit depth", "GMACs", "GFLOPs", "of full", "head MACs", "uncertainty MACs")
     for row in answer["exits"]:
         table.add_row(
             *[str(row["path"])] * several,
             str(row["depth"]),
             f"{row['gmacs']:.4g}",
+            f"{row['gflops']:.4g}",
             f"{row['fraction']:.1%}",
             f"{row['head_macs']:,}",
             f"{row['uncertainty_macs']:,}",

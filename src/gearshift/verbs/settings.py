@@ -148,6 +148,7 @@ class Plan:
     run: str = MISSING
     budget: float = 0.5
     unit: str = "macs"
+    bins: int | None = None
     space: list[str] = field(default_factory=lambda: ["steps", "branches", "depth", "attention", "blocks"])
     search: str = "responses"
     operator: str = "output"

@@ -103,6 +103,7 @@ class PipelineNetwork:
 
     carries: Mapping[int, str] = {}
     has_uncertainty = False
+    takes_exit_rules = False  # the models of a pipeline run as a whole
 
     def __init__(self, denoisers: Mapping[str, Any], boundary: float | None = None) -> None:
         self.denoisers = dict(denoisers)
