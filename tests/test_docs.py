@@ -7,6 +7,7 @@ import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 EVALUATION = PAGE.with_name("evaluation.md")
+EXITS, PIPELINES = PAGE.with_name("exits.md"), PAGE.with_name("pipelines.md")
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -17,7 +18,9 @@ def test_the_examples_of_the_architecture_page_run():
 
 
 @pytest.mark.parametrize(
-    "page", [PAGE, EVALUATION, README, Path(__file__).parents[1] / "CONTRIBUTING.md"], ids=lambda p: p.name
+    "page",
+    [PAGE, EVALUATION, EXITS, PIPELINES, README, Path(__file__).parents[1] / "CONTRIBUTING.md"],
+    ids=lambda p: p.name,
 )
 def test_what_the_pages_link_to_is_there(page):
     text = re.sub(r"`[^`]*`|```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
@@ -44,3 +47,21 @@ def test_the_tests_that_the_evaluation_page_names_exist():
     assert len(named) >= 15
     for file, test in named:
         assert f"def {test}(" in (root / file).read_text(encoding="utf-8"), test
+
+
+def test_the_switches_that_the_page_on_exits_names_exist():
+    from dataclasses import fields
+
+    from gearshift.backbones.exits import ExitsConfig
+    from gearshift.objectives.deediff import DeeDiffConfig
+    from gearshift.policies import UncertaintyExit
+    from gearshift.runtime.paths import conf_dir
+
+    text = EXITS.read_text(encoding="utf-8")
+    known = {"exits": ExitsConfig, "objective": DeeDiffConfig, "policy": UncertaintyExit}
+    named = {(group, name) for group, name in re.findall(r"`(exits|objective|policy)\.(\w+)", text)}
+    assert len(named) >= 15
+    for group, name in named:
+        assert name in {field.name for field in fields(known[group])}, f"{group}.{name}"
+    for group, name in re.findall(r"\b(exits|objective|policy)=(\w+)", text):
+        assert (conf_dir() / group / f"{name}.yaml").is_file(), f"{group}={name}"
