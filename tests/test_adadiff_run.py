@@ -86,6 +86,16 @@ def test_every_verb_accepts_it(capsys, tmp_path):
     assert [row["depth"] for row in profiled["exits"]] == [1, 2, 3, 4, 5]
     benched = answer(capsys, "bench", f"run={run}", "batch=4", "repeats=1", "strata=1", "warmup=1", "device=cpu")
     assert len(benched["rows"]) == 2
+    found = answer(
+        capsys, "sample", f"run={run}", "num_images=4", "policy=from_file", f"policy.file={plan['policy']}", *FEW
+    )
+    assert found["macs_saved"] > 0
+    command = ["plan", f"run={run}", "policy=from_file", f"policy.file={plan['policy']}", "budget=0.8", *FEW]
+    assert "policy FromFile has no threshold to tune" in refusal(capsys, *command)
+    many = "policy.thresholds=[0.3,0.4]"
+    command = ["plan", f"run={run}", "policy=uncertainty_exit", "policy.threshold=null", many, "budget=0.8", "images=4"]
+    again = answer(capsys, *command, "trial_images=2", "validation=4", *FEW)
+    answer(capsys, "sample", f"run={run}", "num_images=4", "policy=from_file", f"policy.file={again['policy']}", *FEW)
     exported = answer(capsys, "export", f"run={run}", "out=back.safetensors")
     again = answer(capsys, "import", f"weights={exported['file']}", *SHAPE, *RUN, "name=again")
     [first, second] = (answer(capsys, "sample", f"run={r}", "num_images=4", *policy, *FEW) for r in (run, again["run"]))

@@ -223,7 +223,7 @@ def test_every_file_of_a_sampling_group_builds(group, plan_file):
     for file in sorted((conf_dir() / group).glob("*.yaml")):
         # Through Hydra, as a user names it: files may start from others of their group.
         verb, needed = ("evaluate", ["run=x"]) if group == "evaluation" else ("sample", ["run=x"])
-        if file.stem == "planned":
+        if file.stem in ("planned", "from_file"):
             needed = [*needed, f"policy.file={plan_file}"]
         if file.stem in ("duodiff", "small_network"):
             needed = [*needed, "policy.other=x"]

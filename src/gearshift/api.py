@@ -149,7 +149,8 @@ class LoadedRun:
         """Images start..start+num_images-1.
 
         Args:
-            policy, solver: an object, a configuration node, or the name of a file under conf/policy or conf/solver.
+            policy, solver: an object, a configuration node, or the name of a file under conf/policy or conf/solver; a
+                policy also by the path of its file (.yaml).
             settings: seed, guidance (w, 1 = off), labels ("uniform", "balanced" or a class), chunk, precision; prompts
                 (texts, or as in `prompts`) of a run that takes text, image i showing number i modulo their count.
 

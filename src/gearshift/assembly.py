@@ -19,6 +19,7 @@ from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.solvers.base import Solver
 from gearshift.objectives.base import Objective
 from gearshift.policies.base import Policy
+from gearshift.policies.from_file import FromFile
 from gearshift.runtime import config, launch
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.paths import conf_dir
@@ -120,7 +121,9 @@ def build_objective(cfg: DictConfig, network: Backbone) -> Objective:
 
 
 def build_policy(node: Policy | DictConfig | Mapping[str, Any] | str) -> Policy:
-    """A policy from a node, or by the name of a file under conf/policy."""
+    """A policy from a node, by the name of a file under conf/policy, or by the path of a file (.yaml)."""
+    if isinstance(node, str) and node.endswith((".yaml", ".yml")):
+        return FromFile(node)
     policy = (
         node if isinstance(node, Policy) else config.build(named("policy", node) if isinstance(node, str) else node)
     )

@@ -92,6 +92,7 @@ def test_what_can_have_bins() -> None:
         (UncertaintyExit(0.1), 1, "bins=1 must be at least 2"),
         (AdaptiveSkip(), 3, "policy AdaptiveSkip has one threshold for all noise levels"),
         (FixedDepth(3), 3, "policy FixedDepth has one threshold"),
+        (UncertaintyExit(0.1, domain="log_snr"), 3, "give edges for log_snr"),
         (UncertaintyExit(0.1, edges=[100.0]), 4, r"bins=4 need 3 edges, and policy.edges has 1"),
     ):
         with pytest.raises(UsageError, match=message):

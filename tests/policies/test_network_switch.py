@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from gearshift.policies import (
     Full,
     NetworkSwitch,
     Policy,
+    SaturationExit,
     SkipEvery,
     UncertaintyExit,
 )
@@ -284,10 +286,12 @@ def test_rules_act_on_networks_that_have_heads_where_some_have(heads: tuple[bool
     networks = [network(blocks, 0, own) for blocks, own in zip((DEEP, SHALLOW), heads, strict=True)]
     deep, shallow = (Denoiser(one, VPSDE(VPSDEConfig())) for one in networks)
     info = sampler(side_by_side(deep, "run=deep", {"shallow": shallow}), NetworkSwitch("shallow", 2)).info(())
-    rule: Any = object()
-    for path, own in enumerate(heads):
-        plan = NetworkSwitch("shallow", 2).amend(info, StepPlan(expert=path, exit=rule))
-        assert (plan.exit is rule) == (own or not any(heads)) and plan.expert == path
+    for asks in (True, False):
+        rule: Any = SimpleNamespace(asks_heads=asks)
+        for path, own in enumerate(heads):
+            plan = NetworkSwitch("shallow", 2).amend(info, StepPlan(expert=path, exit=rule))
+            assert (plan.exit is rule) == (own or not any(heads) or not asks) and plan.expert == path
+    assert UncertaintyExit(0.1).rule(info, 0.1).asks_heads and not SaturationExit(0.1).rule(info, 0.1).asks_heads
 
 
 # What does not go together -------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from gearshift.assembly import build_policy
 from gearshift.backbones.exits import EarlyExit, ExitsConfig
 from gearshift.diffusion.denoiser import Denoiser
 from gearshift.diffusion.process import VPSDE, Discrete, DiscreteConfig, VPSDEConfig
@@ -16,7 +18,7 @@ from gearshift.execution.exits import ExitView
 from gearshift.execution.outputs import SIMULATE, Packing
 from gearshift.execution.plan import StepPlan
 from gearshift.execution.stream import Rows
-from gearshift.policies import LearnedExit, RunInfo, SaturationExit, UncertaintyExit
+from gearshift.policies import FromFile, LearnedExit, RunInfo, SaturationExit, UncertaintyExit
 from gearshift.policies.threshold_exit import BelowThreshold, ThresholdExit
 from gearshift.runtime.errors import UsageError
 
@@ -65,6 +67,11 @@ def test_one_number_has_one_name() -> None:
         UncertaintyExit(0.1, thresholds=[0.2])
     with pytest.raises(UsageError, match=r"threshold 7 is outside \[0, 1\]"):
         UncertaintyExit(thresholds=[0.1, 7])
+    with pytest.raises(UsageError, match=r"thresholds=\[\] has none; give one per bin"):
+        UncertaintyExit(thresholds=[])
+    for value in (None, "a", True):
+        with pytest.raises(UsageError, match="is no number; give one in"):
+            UncertaintyExit(thresholds=[0.1, value])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="3 bins need 2 edges"):
         UncertaintyExit(thresholds=[0.1, 0.2, 0.3], edges=[500.0])
 
@@ -139,6 +146,56 @@ def test_the_encoder_half_is_where_long_skips_are_left() -> None:
     assert flat.patience_depth == (0,)
     with pytest.raises(UsageError, match="patience_depth 'decoder' at least 0, or encoder"):
         UncertaintyExit(0.1, patience_depth="decoder")
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_batch_decides_branch_by_branch_unless_jointly(joint: bool) -> None:
+    """Three branches of four rows (the official code runs them one after the other), also where some rows have left."""
+    values = torch.rand(12, generator=torch.Generator().manual_seed(1))
+    rule = BelowThreshold(lambda view: view.hidden[:, 0], 0.5, "batch", joint, 4)
+    for here in (torch.arange(12), torch.tensor([0, 1, 2, 3, 9, 10]), torch.tensor([5, 6])):
+        column = values[here][:, None]
+        left = rule.leaves(ExitView(1, 0, (1, 2), Rows(12, here), column, None, column.clone), rule.begin(12))
+        for row, leaves in zip(here.tolist(), left.tolist(), strict=True):
+            group = here if joint else here[here // 4 == row // 4]
+            assert leaves == bool(values[group].mean() < 0.5)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_from_a_file_is_that_policy(tmp_path: Path) -> None:
+    file = tmp_path / "found.yaml"
+    file.write_text("_target_: gearshift.policies.UncertaintyExit\nthreshold: 0.4\ndepths: [2]\n")
+    policy = build_policy(str(file))
+    wanted = UncertaintyExit(0.4, depths=[2])
+    assert isinstance(policy, FromFile) and repr(policy) == repr(wanted) and policy.name == wanted.name
+    s = subject()
+    run = RunInfo((), s.backbone, s.rows, 1)
+    policy.check(run)
+    both = [s.run(one.plan(one.begin(run), None)) for one in (policy, wanted)]  # type: ignore[arg-type]
+    assert torch.equal(both[0].prediction, both[1].prediction) and torch.equal(both[0].depth, both[1].depth)
+    with pytest.raises(UsageError, match=r"depth 2, but Other can be read out at depths \[4\]"):
+        policy.check(RunInfo((), Other(), 2, 1))
+    for text, message in (
+        ("threshold: 0.4", "holds no policy, which would say what it is by _target_"),
+        ("a: [", "is not readable as YAML"),
+        ("_target_: gearshift.diffusion.solvers.ddim.DDIM", "holds DDIM, which is no policy"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            FromFile(file)
+    with pytest.raises(UsageError, match="there is no file"):
+        FromFile(tmp_path / "gone.yaml")
+
+
+class Other(Isotropic):
+    """With heads, readable at the end only."""
+
+    has_uncertainty = True
+
+    def exits(self, path: int = 0) -> tuple[int, ...]:
+        return (4,)
 
 
 # Saturation ----------------------------------------------------------------------------------------------------------

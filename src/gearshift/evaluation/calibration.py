@@ -89,8 +89,9 @@ def thresholds_of(policies: Iterable[Policy]) -> list[float]:
     for policy in policies:
         if isinstance(policy, Compose):
             found.update(thresholds_of(policy.parts))
-        elif isinstance(policy, UncertaintyExit) and policy.threshold is not None:
-            found.add(policy.threshold)
+        elif isinstance(policy, UncertaintyExit):
+            values = policy.thresholds or ([] if policy.threshold is None else [policy.threshold])
+            found.update(value for value in values if value > 0)  # 0 cuts nothing
     return sorted(found)
 
 

@@ -19,7 +19,7 @@ from gearshift.assembly import build_policy, build_solver
 from gearshift.evaluation.conditions import is_compiled
 from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.policies import Full, NetworkSwitch
-from gearshift.runtime.errors import UsageError
+from gearshift.runtime.errors import UsageError, UserError
 from gearshift.runtime.files import slug
 from gearshift.sampling.loop import Sampler
 
@@ -74,7 +74,10 @@ def plan_rows(settings: EvaluationConfig, make_sampler: Callable[..., Sampler]) 
                 rows.append(Row(f"{title}{suffix}", name, full, sampler))
     if settings.equal_macs and settings.shallow is not None:  # its baselines are made after hours of sampling
         for solver_node in settings.solvers.values():
-            sampler_of(settings, make_sampler, NetworkSwitch(settings.shallow), build_solver(solver_node))
+            try:
+                sampler_of(settings, make_sampler, NetworkSwitch(settings.shallow), build_solver(solver_node))
+            except UserError as error:
+                raise type(error)(f"evaluation.shallow={settings.shallow}: {error}") from error
     files: dict[str, str] = {}
     for row in rows:
         if (other := files.setdefault(slug(row.name), row.name)) != row.name or not slug(row.name):

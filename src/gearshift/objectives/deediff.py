@@ -83,7 +83,7 @@ class DeeDiff:
         if not network.has_uncertainty:
             raise UsageError(
                 f"objective DeeDiff needs uncertainty heads, and this {network.name} has none; "
-                "set exits.uncertainty=pixel_map (official code) or token_mean (paper), or objective=simple"
+                "take exits=adadiff (official code) or exits=deediff (paper), or objective=simple"
             )
         if self.config.include_final and not network.predicts_error(network.num_blocks()):
             raise UsageError(

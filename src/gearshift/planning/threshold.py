@@ -27,6 +27,12 @@ def has_threshold(policy: Policy) -> bool:
     return is_dataclass(some) and any(field.name == "threshold" for field in fields(some))
 
 
+def check_threshold(policy: Policy) -> None:
+    """Raises UsageError where a policy has none."""
+    if not has_threshold(policy):
+        raise UsageError(f"policy {type(policy).__name__} has no threshold to tune; plan without policy=")
+
+
 def tune(
     policy: Policy,
     cost: Callable[[Policy], float],
@@ -43,8 +49,7 @@ def tune(
     Raises:
         UsageError: the policy has no threshold, or no threshold meets the budget.
     """
-    if not has_threshold(policy):
-        raise UsageError(f"policy {type(policy).__name__} has no threshold to tune; plan without policy=")
+    check_threshold(policy)
     highest = _highest(policy)
 
     def at(threshold: float) -> Tuned:

@@ -52,6 +52,7 @@ def check_binned(policy: Policy, bins: int) -> None:
         raise UsageError(f"policy {type(policy).__name__} has one threshold for all noise levels; leave bins out")
     if policy.edges is not None and len(policy.edges) != bins - 1:
         raise UsageError(f"bins={bins} need {bins - 1} edges, and policy.edges has {len(policy.edges)}")
+    with_thresholds(policy, [0.0] * bins)  # an axis without edges is refused before anything is run
 
 
 def tune_bins(

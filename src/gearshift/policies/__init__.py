@@ -7,6 +7,7 @@ from gearshift.policies.bypass_schedule import BypassSchedule
 from gearshift.policies.compose import Compose
 from gearshift.policies.deep_features import DeepFeatureReuse
 from gearshift.policies.exit_schedule import ExitSchedule
+from gearshift.policies.from_file import FromFile
 from gearshift.policies.network_switch import NetworkSwitch
 from gearshift.policies.planned import Planned
 from gearshift.policies.saturation import SaturationExit
@@ -21,6 +22,7 @@ __all__ = [
     "DeepFeatureReuse",
     "ExitSchedule",
     "FixedDepth",
+    "FromFile",
     "Full",
     "LearnedExit",
     "NetworkSwitch",

@@ -29,7 +29,7 @@ class NetworkSwitch(Policy):
     """The network of the run `other` makes the first calls, the run's own the rest.
 
     Attributes:
-        other: folder of a run of ours with the same process, images and conditioning.
+        other: folder of a run of ours with the same process, shape of images and conditioning.
         calls: how many calls it makes, from pure noise on; None: all of them, unless `share` says how many.
         share: of the calls that it makes, in [0, 1], rounded to whole calls; instead of `calls`.
     """
@@ -90,7 +90,7 @@ class NetworkSwitch(Policy):
 
     def amend(self, state: RunInfo, plan: StepPlan) -> StepPlan:
         """Exit rules ask the heads of one of the two networks alone where the other has none."""
-        if plan.exit is None or not isinstance(plan.expert, int):
+        if plan.exit is None or not isinstance(plan.expert, int) or not getattr(plan.exit, "asks_heads", False):
             return plan
         network = state.network
         heads = any(network.predicts_error(depth, plan.expert) for depth in network.exits(plan.expert))

@@ -34,8 +34,8 @@ class BelowThreshold:
 
     Attributes:
         measure: numbers in [0, 1] of the rows of a view, [n].
-        statistic: "sample" decides each row by its own number, "batch" all rows by the mean over the batch.
-        joint: both guidance branches of a sample leave together, on the mean of their numbers.
+        statistic: "sample" decides each row by its own number, "batch" all rows of a guidance branch by their mean.
+        joint: the guidance branches decide together, on the mean of their numbers.
         batch: B, to tell which rows are branches of one sample.
         allowed: depths where leaving is allowed; None is every exit.
         first: least depth that is looked at.
@@ -44,6 +44,7 @@ class BelowThreshold:
         consecutive: a miss starts the count again.
         left: depths at which somebody left at the last call, None where there was none: elsewhere nobody is expected
             to leave at this one.
+        asks_heads: `measure` is what an uncertainty head says.
     """
 
     measure: Callable[[ExitView], Tensor]
@@ -57,6 +58,7 @@ class BelowThreshold:
     patience_depth: tuple[int, ...] = (0,)
     consecutive: bool = False
     left: frozenset[int] | None = None
+    asks_heads: bool = False
 
     def depths(self, exits: tuple[int, ...]) -> Collection[int]:
         if self.threshold <= 0:  # nothing is below 0
@@ -73,13 +75,16 @@ class BelowThreshold:
 
     def leaves(self, view: ExitView, state: Any) -> Tensor:
         values = self.measure(view)
-        if self.statistic == "batch":
+        if self.statistic == "batch" and self.joint:
             values = values.mean().expand(len(values))
-        elif self.joint:
-            sample = view.rows.on(values.device) % self.batch
-            sums = values.new_zeros(self.batch).index_add_(0, sample, values)
-            counts = values.new_zeros(self.batch).index_add_(0, sample, torch.ones_like(values))
-            values = (sums / counts)[sample]
+        elif self.statistic == "batch" or self.joint:
+            # Rows are branch-major: those of one branch decide together, or those of one sample.
+            rows = view.rows.on(values.device)
+            group = rows % self.batch if self.joint else rows // self.batch
+            count = self.batch if self.joint else -(-view.rows.total // self.batch)
+            sums = values.new_zeros(count).index_add_(0, group, values)
+            counts = values.new_zeros(count).index_add_(0, group, torch.ones_like(values))
+            values = (sums / counts)[group]
         # A saturated sigmoid gives exactly 1, and threshold 1 lets everybody leave.
         hit = values < self.threshold if self.threshold < 1 else torch.ones_like(values, dtype=torch.bool)
         if self.patience == 1 or view.depth > self.patience_depth[view.path]:
@@ -133,6 +138,7 @@ class ThresholdExit(Policy):
     static: ClassVar[bool] = False
     said: ClassVar[str] = "value"
     """What the number is, for names."""
+    asks_heads: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         own = f"policy {type(self).__name__}"
@@ -140,8 +146,13 @@ class ThresholdExit(Policy):
             raise UsageError(
                 f"{own}: threshold={self.threshold} and thresholds={self.thresholds}; give one of them, the other null"
             )
-        for value in [self.threshold] if self.thresholds is None else self.thresholds:
-            if not 0 <= float(value or 0) <= 1:
+        values: list[Any] = [self.threshold] if self.thresholds is None else list(self.thresholds)
+        if not values:
+            raise UsageError(f"{own}: thresholds=[] has none; give one per bin, the bin closest to the data first")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"{own}: threshold {value!r} is no number; give one in [0, 1]")
+            if not 0 <= value <= 1:
                 raise UsageError(f"{own}: threshold {value} is outside [0, 1]")
         if self.thresholds is not None:
             self.bins  # noqa: B018  # checks the edges
@@ -212,6 +223,7 @@ class ThresholdExit(Policy):
             tuple(self._patience_depth(run.network, path) for path in range(len(run.network.paths))),
             self.consecutive,
             left,
+            self.asks_heads,
         )
 
     def _patience_depth(self, network: Network, path: int) -> int:

@@ -25,6 +25,7 @@ class UncertaintyExit(ThresholdExit):
     certainty: float | None = None
 
     said: ClassVar[str] = "uncertainty"
+    asks_heads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         threshold = alias(type(self).__name__, "certainty", self.certainty, self.threshold)
@@ -36,7 +37,7 @@ class UncertaintyExit(ThresholdExit):
         if not network.has_uncertainty:
             raise UsageError(
                 f"policy {type(self).__name__} needs uncertainty heads, and this {network.name} has none; "
-                "train with exits.uncertainty=pixel_map or token_mean"
+                "train with exits=adadiff (official code) or exits=deediff (paper)"
             )
         super().fits(network)
 

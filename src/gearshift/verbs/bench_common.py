@@ -47,6 +47,10 @@ class _Drawn:
     depth: Tensor
     pays: bool
 
+    @property
+    def asks_heads(self) -> bool:
+        return self.pays
+
     def depths(self, exits: tuple[int, ...]) -> Collection[int]:
         return exits[:-1]
 

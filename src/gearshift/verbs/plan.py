@@ -25,7 +25,7 @@ from gearshift.planning.choices import SPACES
 from gearshift.planning.planner import SEARCHES
 from gearshift.planning.problem import mean_squared_error, psnr
 from gearshift.planning.rivals import images_of
-from gearshift.planning.threshold import ROUNDS, Tuned, tune
+from gearshift.planning.threshold import ROUNDS, Tuned, check_threshold, tune
 from gearshift.planning.threshold_bins import Measured, check_binned, runs_of, tune_bins
 from gearshift.policies import Policy
 from gearshift.policies.attention_reuse import OPERATORS
@@ -135,6 +135,7 @@ def _threshold(cfg: DictConfig, sampler: Sampler, place: Path, *, clip: bool) ->
     """The threshold of `policy`, or one for each of `bins` of the noise level, that meets the budget; images are
     compared within [-1, 1] with `clip`, latents as they are."""
     policy = build_policy(cfg.policy)
+    check_threshold(policy)
     if cfg.bins is not None:
         check_binned(policy, cfg.bins)
     table = sampler.cost_table()

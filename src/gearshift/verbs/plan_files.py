@@ -45,7 +45,7 @@ def threshold_text(
     ]
     own = {key: value for key, value in node.items() if key not in OTHER_NAMES}
     own["threshold"] = found.threshold
-    if thresholds is not None:
-        own["thresholds"] = [float(value) for value in thresholds]
+    if thresholds is not None or "thresholds" in own:
+        own["thresholds"] = None if thresholds is None else [float(value) for value in thresholds]
     body = yaml.safe_dump(own, sort_keys=False)
     return "".join(f"# {line}\n" for line in header) + body
