@@ -24,7 +24,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 from gearshift.evaluation.rows import Row, sampler_of, suffix_of
@@ -32,7 +31,6 @@ from gearshift.evaluation.settings import EvaluationConfig
 from gearshift.execution.cost import CostTable
 from gearshift.execution.parts import attention_of
 from gearshift.policies import AttentionReuse, DeepFeatureReuse, FixedDepth, Full, NetworkSwitch, Policy
-from gearshift.policies.network_switch import OTHER, OWN
 from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import slug
 from gearshift.sampling.costs import macs_of
@@ -217,35 +215,39 @@ class _Maker:
     # Another network -------------------------------------------------------------------------------------------------
 
     def _duodiff(self, target: Target) -> Row | None:
-        shallow, costs = self.settings.shallow, self._switched
-        if shallow is None:
+        if self._beside is None:
             return None
-        total = len(costs) - 1
-        calls = next((calls for calls, macs in enumerate(costs) if macs <= target.macs), None)
-        if calls in (None, total) and "small_network" in self.settings.baselines:
+        total = len(self.info.calls)
+        # Every call of a smaller network saves: the fewest that bring the MACs down far enough.
+        calls = bisect_left(range(total + 1), True, key=lambda count: self._switched(count) <= target.macs)
+        if calls >= total and "small_network" in self.settings.baselines:
             return None  # which is that
-        note = None if calls is not None else f"saves less, though {total} of {total} calls are the smaller network's"
-        policy = NetworkSwitch(shallow, total if calls is None else calls)
-        return self._by_hand(policy.name, policy, target, note)
+        note = f"saves less, though {total} of {total} calls are the smaller network's" if calls > total else None
+        return self._with_other(min(calls, total), target, note)
 
     def _small_network(self, target: Target) -> Row | None:
-        if self.settings.shallow is None:
+        if self._beside is None:
             return None
-        note = f"costs more than {target.name}" if self._switched[-1] > target.macs else None
-        return self._by_hand("small network", NetworkSwitch(self.settings.shallow), target, note)
+        note = f"costs more than {target.name}" if self._switched(None) > target.macs else None
+        return self._with_other(None, target, note, "small network")
+
+    def _with_other(self, calls: int | None, target: Target, note: str | None, name: str | None = None) -> Row | None:
+        assert self.settings.shallow is not None
+        policy = NetworkSwitch(self.settings.shallow, calls)
+        return self._by_hand(name or policy.name, policy, target, note)
+
+    def _switched(self, calls: int | None) -> int:
+        """MACs per image where the smaller network makes the first `calls`; None: all of them."""
+        assert self._beside is not None and self.settings.shallow is not None
+        return self._cost(self._beside, NetworkSwitch(self.settings.shallow, calls))
 
     @cached_property
-    def _switched(self) -> list[int]:
-        """MACs per image where the smaller network makes the first 0, 1, ... calls; none without one."""
-        if self.settings.shallow is None:
-            return []
-        policy = NetworkSwitch(self.settings.shallow)
-        sampler = sampler_of(self.settings, self.make_sampler, policy, self.sampler.solver)
-        network, table = sampler.denoiser.network, self.table_of(sampler)
-        less = table.full(network, OTHER).macs - table.full(network, OWN).macs
-        low, high = self.sampler.guidance_interval or (float("-inf"), float("inf"))
-        rows = [self.info.branches if low <= call.log_snr <= high else 1 for call in self.info.calls]
-        return list(accumulate((less * count for count in rows), initial=self.full_macs))
+    def _beside(self) -> Sampler | None:
+        """The sampler whose network has the smaller one beside it; None without one."""
+        shallow = self.settings.shallow
+        if shallow is None:
+            return None
+        return sampler_of(self.settings, self.make_sampler, NetworkSwitch(shallow), self.sampler.solver)
 
     # What they have in common ----------------------------------------------------------------------------------------
 
@@ -260,9 +262,8 @@ class _Maker:
         return self._cost(self.sampler, policy)
 
     def _cost(self, sampler: Sampler, policy: Policy) -> int:
-        if isinstance(policy, NetworkSwitch):
-            return self._switched[policy.calls_of(len(self.info.calls))]
-        macs = macs_of(sampler, policy, self.table)
+        table = self.table if sampler.denoiser is self.sampler.denoiser else self.table_of(sampler)
+        macs = macs_of(sampler, policy, table)
         assert macs is not None, "every baseline is static"
         return macs
 
