@@ -132,6 +132,7 @@ def test_thresholds(trained, capsys):
     written = yaml.safe_load(Path(found["policy"]).read_text())
     assert written["threshold"] == found["threshold"] and written["_target_"].endswith("UncertaintyExit")
     assert found["macs_fraction"] <= 0.9
+    assert list((trained / "plans").glob("thresholds-*.json")), "what was measured is kept"
     assert "has no threshold to tune" in refusal(capsys, "plan", f"run={trained}", "policy=fixed_depth", *FEW)
 
 

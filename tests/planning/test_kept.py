@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gearshift.planning.kept import KeptResponses
+from gearshift.planning.kept import KeptMeasures, KeptResponses
 from gearshift.planning.problem import Problem
 from gearshift.planning.responses import measure_responses, tried
+from gearshift.policies import Policy, UncertaintyExit
 
 from .conftest import problem
 
@@ -46,3 +47,40 @@ def test_a_file_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     file.write_bytes(b"half a file")
     kept = KeptResponses(file)
     assert kept.errors == [] and kept.gram is None
+
+
+def test_policies_are_measured_once(tmp_path: Path) -> None:
+    asked: list[Policy] = []
+
+    def measure(policy: Policy) -> tuple[float, float]:
+        asked.append(policy)
+        if policy == UncertaintyExit(0.3):
+            raise KeyboardInterrupt
+        assert isinstance(policy, UncertaintyExit) and policy.threshold is not None
+        return policy.threshold / 3, 1 / 7
+
+    file = tmp_path / "thresholds.json"
+    first = KeptMeasures(file, measure)
+    assert first(UncertaintyExit(0.1)) == first(UncertaintyExit(0.1)) == (0.1 / 3, 1 / 7)
+    with pytest.raises(KeyboardInterrupt):
+        first(UncertaintyExit(0.3))
+    again = KeptMeasures(file, measure)
+    assert again(UncertaintyExit(0.1)) == (0.1 / 3, 1 / 7) and again(UncertaintyExit(0.2)) == (0.2 / 3, 1 / 7)
+    assert asked == [UncertaintyExit(0.1), UncertaintyExit(0.3), UncertaintyExit(0.2)]
+    for broken in ("", "[1, 2", "3"):
+        file.write_text(broken)
+        assert KeptMeasures(file, measure)(UncertaintyExit(0.2)) == (0.2 / 3, 1 / 7)
+
+
+def test_what_cannot_say_what_it_is_is_not_kept(tmp_path: Path) -> None:
+    class Nameless(Policy):
+        pass
+
+    asked: list[Policy] = []
+
+    def measure(policy: Policy) -> tuple[float, float]:
+        asked.append(policy)
+        return float(len(asked)), 0.0
+
+    kept = KeptMeasures(tmp_path / "thresholds.json", measure)
+    assert [kept(Nameless())[0] for _ in range(3)] == [1.0, 2.0, 3.0] and not kept.path.exists()

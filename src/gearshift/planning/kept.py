@@ -1,9 +1,11 @@
-"""Single decisions that were tried, in a file: a search that was stopped goes on, another budget begins with them."""
+"""What a search has measured, in a file: one that was stopped goes on, and another budget begins with it."""
 
 from __future__ import annotations
 
+import json
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gearshift.policies.base import Policy
 from gearshift.runtime.files import atomic_write
 
 EVERY_SECONDS = 20.0
@@ -60,3 +63,29 @@ class KeptResponses:
         """All were tried."""
         self.gram, self.errors = gram, []
         atomic_write(self.path, lambda file: np.savez(file, gram=gram))
+
+
+class KeptMeasures:
+    """Cost and loss of policies, each measured once: a function of a policy as `measure` is.
+
+    Args:
+        path: of the file, named by whatever decides the numbers besides the policy. One that cannot be read counts as
+            none.
+    """
+
+    def __init__(self, path: Path, measure: Callable[[Policy], tuple[float, float]]) -> None:
+        self.path, self.measure = path, measure
+        try:
+            self.known: dict[str, list[float]] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self.known = {}
+
+    def __call__(self, policy: Policy) -> tuple[float, float]:
+        key = repr(policy)
+        if " at 0x" in key:  # an address, which says nothing of what it is
+            return self.measure(policy)
+        if key not in self.known:
+            self.known[key] = list(self.measure(policy))
+            atomic_write(self.path, json.dumps(self.known, indent=0) + "\n")
+        cost, loss = self.known[key]
+        return cost, loss

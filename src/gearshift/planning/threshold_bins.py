@@ -75,7 +75,8 @@ def tune_bins(
         made = with_thresholds(policy, thresholds)
         return Measured(made, *measure(made))
 
-    uniform = replace(of([single.threshold] * bins, "one for all"), policy=single.policy)
+    on_round("one for all")
+    uniform = Measured(single.policy, *measure(single.policy))
     tried = [0.0, *(min(single.threshold * factor, 1.0) for factor in FACTORS)]
     nothing = Measured(policy, 1.0, 0.0)
     costs, losses = np.ones((bins, len(tried))), np.zeros((bins, len(tried)))

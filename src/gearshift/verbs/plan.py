@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from gearshift import api
 from gearshift.assembly import build_policy, build_solver
 from gearshift.planning.choices import SPACES
+from gearshift.planning.kept import KeptMeasures
 from gearshift.planning.planner import SEARCHES
 from gearshift.planning.problem import mean_squared_error, psnr
 from gearshift.planning.rivals import images_of
@@ -35,7 +36,7 @@ from gearshift.runtime.errors import UsageError
 from gearshift.runtime.files import atomic_write, slug
 from gearshift.runtime.progress import Progress, note
 from gearshift.sampling.loop import Sampler
-from gearshift.verbs.plan_files import threshold_text
+from gearshift.verbs.plan_files import kept_at, threshold_text
 from gearshift.verbs.plan_search import Search
 from gearshift.verbs.sample import guidance_scale, interval, label_setting
 
@@ -70,7 +71,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     place = _place(cfg, loaded.folder.path)
     if cfg.get("policy"):
-        answer = _threshold(cfg, sampler, place, clip=loaded.to_pixels().samples_pixels)
+        answer = _threshold(cfg, loaded.folder.path, sampler, place, clip=loaded.to_pixels().samples_pixels)
     else:
         answer = Search(cfg, loaded, sampler, place).run()
     seconds = time.monotonic() - began
@@ -131,7 +132,7 @@ def command() -> str:
     return shlex.join(["gearshift", "plan", *sys.argv[2:]] if len(sys.argv) > 1 else ["gearshift", "plan"])
 
 
-def _threshold(cfg: DictConfig, sampler: Sampler, place: Path, *, clip: bool) -> dict[str, Any]:
+def _threshold(cfg: DictConfig, run: Path, sampler: Sampler, place: Path, *, clip: bool) -> dict[str, Any]:
     """The threshold of `policy`, or one for each of `bins` of the noise level, that meets the budget; images are
     compared within [-1, 1] with `clip`, latents as they are."""
     policy = build_policy(cfg.policy)
@@ -143,10 +144,11 @@ def _threshold(cfg: DictConfig, sampler: Sampler, place: Path, *, clip: bool) ->
     full_images, full = images_of(sampler, index, table)
     replace(sampler, policy=policy).check()
 
-    def measure(candidate: Policy) -> tuple[float, float]:
+    def once(candidate: Policy) -> tuple[float, float]:
         images, macs = images_of(replace(sampler, policy=candidate), index, table)
         return macs / full, mean_squared_error(images, full_images, clip)
 
+    measure = KeptMeasures(kept_at(run, "thresholds.json", sampler, cfg.images), once)
     with Progress(ROUNDS + 1, "threshold", unit="runs") as bar:
         tuned: Tuned = tune(
             policy, lambda one: measure(one)[0], cfg.budget, on_round=lambda threshold: bar.update(1, at=threshold)

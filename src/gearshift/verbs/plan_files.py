@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from gearshift.evaluation.rows import code_digest, identity_of
+from gearshift.evaluation.weights import weights_digest
 from gearshift.policies import Planned, Policy
 from gearshift.runtime.config import TARGET
+from gearshift.sampling.loop import Sampler
 
 OTHER_NAMES = ("certainty", "similarity")
 """Under which policies take 1 - threshold."""
@@ -30,6 +37,23 @@ def plan_text(policy: Planned, header: Sequence[str]) -> str:
     taken = ["{" + ", ".join(f"{b}: {part}" for b, part in sorted(some.items())) + "}" for some in policy.reuse]
     lines.append("reuse: [" + ", ".join(taken) + "] # block: part that is taken from memory")
     return "\n".join(lines) + "\n"
+
+
+def kept_at(run: Path, name: str, sampler: Sampler, images: int, **about: Any) -> Path:
+    """The file, below a run's folder, of what a search has measured on so many images; named by what decides it."""
+    decides = {
+        "weights": weights_digest(sampler.denoiser.network),
+        "code": code_digest(),
+        "torch": torch.__version__,
+        "sampler": identity_of(sampler),
+        "images": images,
+        **about,
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    stem, _, suffix = name.rpartition(".")
+    folder = run / "plans"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{stem}-{digest}.{suffix}"
 
 
 def threshold_text(

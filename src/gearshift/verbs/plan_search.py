@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,8 +14,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from gearshift.assembly import build_policy
-from gearshift.evaluation.rows import code_digest, identity_of
-from gearshift.evaluation.weights import weights_digest
 from gearshift.planning import planner, rivals
 from gearshift.planning.choices import Choice, Menu, Schedule, as_policy, describe
 from gearshift.planning.kept import KeptResponses
@@ -31,7 +27,7 @@ from gearshift.runtime.files import atomic_write
 from gearshift.runtime.progress import Progress, note
 from gearshift.sampling.costs import macs_of
 from gearshift.sampling.loop import Sampler
-from gearshift.verbs.plan_files import plan_text
+from gearshift.verbs.plan_files import kept_at, plan_text
 from gearshift.verbs.plan_timing import TimedCosts, ms_per_image
 
 TIGHTENINGS = 3
@@ -149,26 +145,15 @@ class Search:
         trial = self._problem(torch.arange(self.cfg.trial_images), cost_of)
         longest = self.cfg.longest or min(len(trial.calls) - 1, math.ceil(1 / spend) + 1)
         count = len(tried(trial, self.menu, longest))
-        kept = KeptResponses(self._kept_at(longest))
+        menu = self.menu
+        about = [menu.branches, menu.depths, [sorted(r) for r in menu.reuse], menu.skips]
+        place = kept_at(
+            self.loaded.folder.path, "decisions.npz", self.sampler, self.cfg.trial_images, menu=about, longest=longest
+        )
+        kept = KeptResponses(place)
         with Progress(count, "single decisions", unit="decisions") as bar:
             found = measure_responses(trial, self.menu, longest, lambda done: bar.update(done - bar.done), kept)
         return found, trial
-
-    def _kept_at(self, longest: int) -> Path:
-        """The file of single decisions that were tried, named by what decides what they do."""
-        about = {
-            "weights": weights_digest(self.network),
-            "code": code_digest(),
-            "torch": torch.__version__,
-            "sampler": identity_of(self.sampler),
-            "images": self.cfg.trial_images,
-            "menu": [self.menu.branches, self.menu.depths, [sorted(r) for r in self.menu.reuse], self.menu.skips],
-            "longest": longest,
-        }
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        folder = self.loaded.folder.path / "plans"
-        folder.mkdir(exist_ok=True)
-        return folder / f"decisions-{digest}.npz"
 
     def _search(
         self,
