@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 
-from gearshift import cli
 from gearshift.assembly import build_network
 from gearshift.runtime import config
+
+from .commands import answer, refusal, workplace  # noqa: F401  # workplace acts by being here
 
 SHAPE = ["backbone=uvit_digits", "backbone.embed_dim=16", "backbone.num_heads=2", "backbone.depth=4"]
 RUN = ["exits=adadiff", "process=cosine", "data=digits"]
 FEW = ["device=cpu", "guidance=2", "solver.steps=4"]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def official_file(path: Path, *, without=(), extra=()) -> dict[str, torch.Tensor]:
@@ -51,16 +43,6 @@ def official_file(path: Path, *, without=(), extra=()) -> dict[str, torch.Tensor
         state[name] = torch.zeros(1)
     torch.save(state, path)
     return network
-
-
-def answer(capsys, *command):
-    assert cli.run(list(command)) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def refusal(capsys, *command):
-    assert cli.run(list(command)) in (1, 2)
-    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_every_verb_accepts_it(capsys, tmp_path):

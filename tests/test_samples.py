@@ -11,14 +11,9 @@ import pytest
 
 from gearshift import cli
 
+from .commands import workplace  # noqa: F401  # workplace acts by being here
+
 TINY = ["experiment=digits", "+debug=tiny", "trainer.accelerator=cpu", "trainer.batch_size=4"]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,11 @@ from gearshift import api, cli
 from gearshift.policies import Compose, NetworkSwitch, UncertaintyExit
 from gearshift.runtime.errors import RunError, UsageError
 
+from .commands import workplace  # noqa: F401  # workplace acts by being here
+
 TINY = ["experiment=digits", "+debug=tiny", "trainer.accelerator=cpu", "trainer.batch_size=4"]
 SHALLOW = ["backbone.depth=2", "exits=none", "objective=simple"]
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """`gearshift plan`: from a run to a policy file that sample and evaluate take."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import yaml
 from PIL import Image
 
 from gearshift import cli
+
+from .commands import answer, refusal, workplace  # noqa: F401  # workplace acts by being here
 
 TINY = ["experiment=digits", "+debug=tiny", "trainer.accelerator=cpu", "trainer.batch_size=4"]
 # Few of everything: what is tested is that the parts fit together.
@@ -23,13 +24,6 @@ FEW = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
@@ -38,16 +32,6 @@ def trained(tmp_path_factory):
         assert cli.run(["train", *TINY, f"runs_dir={folder}"]) == 0
     [run] = (folder / "digits").iterdir()
     return run
-
-
-def answer(capsys, *command):
-    assert cli.run(list(command)) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def refusal(capsys, *command):
-    assert cli.run(list(command)) == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_plan_meets_its_budget_and_is_taken_by_sample_and_evaluate(trained, capsys):
